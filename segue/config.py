@@ -1,0 +1,134 @@
+"""Settings of every process, checked once, at the start. Each setting may come from four places, first found wins:
+
+    command line flag  >  environment (SEGUE_<NAME>)  >  TOML file  >  default
+
+`ClusterSettings` is what a person sets; `RouterSettings` and `WorkerSettings` are what one process needs, passed to it through
+its environment, so that no secret (a Redis URL with a password) shows in a process list.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from segue.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+LOOPBACK = "127.0.0.1"
+
+_SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(value: object) -> object:
+    """`512MiB`, `2g` or a plain number, in bytes; anything else is left for the validator to refuse."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
+    return int(float(match[1]) * _SIZE_UNITS[match[2]]) if match else value
+
+
+NumBytes = Annotated[int, BeforeValidator(parse_bytes)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Dtype = Literal["float32", "bfloat16"]
+KVTransport = Literal["auto", "shm", "tcp"]
+Role = Literal["prefill", "decode"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown names and bad values raise ConfigError, naming each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        flags: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
+        file: Path | None = None,
+    ) -> Self:
+        """`flags` that are None count as not given. `env` is os.environ unless given."""
+        values: dict[str, Any] = _read_toml(file) if file else {}
+        source = os.environ if env is None else env
+        for name in cls.model_fields:
+            if (text := source.get(f"SEGUE_{name.upper()}")) is not None:
+                values[name] = text.split(",") if name == "roles" else text
+        values |= {name: value for name, value in (flags or {}).items() if value is not None}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"bad settings: {problems}") from None
+
+    def to_env(self) -> dict[str, str]:
+        """The environment that `load` turns into these settings again."""
+        return {
+            f"SEGUE_{name.upper()}": ",".join(value) if isinstance(value, list | tuple) else str(value)
+            for name, value in self.model_dump().items()
+            if value is not None
+        }
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from None
+
+
+class EngineSettings(Settings):
+    """What decides how a worker computes; all workers of a cluster share it."""
+
+    dtype: Dtype = "float32"
+    kv_memory: NumBytes = Field(2**29, ge=2**20, description="Memory for KV cache of each worker, in bytes")
+    block_size: int = Field(16, ge=1, le=256, description="Tokens in one KV block")
+    threads: int = Field(0, ge=0, description="Compute threads of each worker; 0 shares out the cores")
+    max_prefill_tokens: int = Field(512, ge=1, description="Prompt tokens computed in one step")
+    max_batch: int = Field(64, ge=1, description="Sequences that one worker decodes at a time")
+    kv_transport: KVTransport = Field("auto", description="How KV travels between workers")
+
+
+class ClusterSettings(EngineSettings):
+    """All that `segue up` takes."""
+
+    model: str = Field(DEFAULT_MODEL, description="Model directory, .gguf file, Hub id or name of an imported model")
+    prefill: int = Field(1, ge=1, le=64, description="Prefill workers")
+    decode: int = Field(1, ge=1, le=64, description="Decode workers")
+    colocated: bool = Field(False, description="Run both phases in one worker, for comparison")
+    redis: str | None = Field(None, description="Redis or Valkey URL; without it an embedded Valkey is started")
+    ray_address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started")
+    host: str = Field(LOOPBACK, description="Address that the router listens on")
+    http_port: Port = Field(8000, description="OpenAI-compatible HTTP API; 0 picks a free port")
+    grpc_port: Port = Field(50051, description="gRPC API; 0 picks a free port")
+
+
+class RouterSettings(Settings):
+    cluster_id: str
+    redis: str
+    model_dir: Path
+    model_name: str
+    host: str = LOOPBACK
+    http_port: Port = 8000
+    grpc_port: Port = 50051
+    max_active_requests: int = Field(1024, ge=1)
+    max_body: NumBytes = 8 * 2**20
+    request_timeout_s: float = Field(600.0, gt=0)
+
+
+class WorkerSettings(EngineSettings):
+    cluster_id: str
+    redis: str
+    worker_id: str
+    roles: tuple[Role, ...] = Field(min_length=1)
+    model_dir: Path
+    model_name: str
+    # The address this worker listens on and is reached at.
+    host: str = LOOPBACK
+    ticket_lease_ms: int = Field(10_000, ge=100)
+    member_lease_ms: int = Field(3_000, ge=100)

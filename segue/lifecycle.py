@@ -1,0 +1,69 @@
+"""The life of a sequence, owned by the router. Its timestamps are the metrics.
+
+    QUEUED → RESERVED → PREFILLING → TRANSFERRING → DECODING → FINISHED
+
+RESERVED means that both legs were dispatched; PREFILLING that decode granted its ticket; TRANSFERRING that the first token
+is out and decode has not yet acknowledged the KV cache. A sequence whose first token is its last goes to FINISHED from there.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+class Phase(enum.Enum):
+    QUEUED = "queued"
+    RESERVED = "reserved"
+    PREFILLING = "prefilling"
+    TRANSFERRING = "transferring"
+    DECODING = "decoding"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+_FORWARD = {
+    Phase.QUEUED: {Phase.RESERVED},
+    # Prefill may give its first token before decode has room for a ticket.
+    Phase.RESERVED: {Phase.PREFILLING, Phase.TRANSFERRING, Phase.FINISHED},
+    Phase.PREFILLING: {Phase.TRANSFERRING, Phase.FINISHED},
+    Phase.TRANSFERRING: {Phase.DECODING, Phase.FINISHED},
+    Phase.DECODING: {Phase.FINISHED},
+}
+TERMINAL = frozenset({Phase.FINISHED, Phase.FAILED, Phase.CANCELLED})
+TRANSITIONS = {phase: nexts | {Phase.FAILED, Phase.CANCELLED} for phase, nexts in _FORWARD.items()} | {
+    phase: set() for phase in TERMINAL
+}
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Where a sequence stands, and when it got there. Ends in exactly one terminal phase."""
+
+    clock: Callable[[], float] = time.monotonic
+    phase: Phase = Phase.QUEUED
+    # Seconds on `clock`; a phase that was skipped is missing.
+    entered_s: dict[Phase, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.entered_s[self.phase] = self.clock()
+
+    @property
+    def is_over(self) -> bool:
+        return self.phase in TERMINAL
+
+    def enter(self, phase: Phase) -> None:
+        """Raises ValueError for a transition that the table does not have: a defect, never a client's doing."""
+        if phase not in TRANSITIONS[self.phase]:
+            raise ValueError(f"no transition from {self.phase.value} to {phase.value}")
+        self.phase = phase
+        self.entered_s[phase] = self.clock()
+
+    def seconds(self, start: Phase, end: Phase) -> float | None:
+        """Time from entering `start` to entering `end`; None unless both were entered."""
+        if start not in self.entered_s or end not in self.entered_s:
+            return None
+        return self.entered_s[end] - self.entered_s[start]
