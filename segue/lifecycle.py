@@ -28,8 +28,8 @@ class Phase(enum.Enum):
 _FORWARD = {
     Phase.QUEUED: {Phase.RESERVED},
     # Prefill may give its first token before decode has room for a ticket.
-    Phase.RESERVED: {Phase.PREFILLING, Phase.TRANSFERRING, Phase.FINISHED},
-    Phase.PREFILLING: {Phase.TRANSFERRING, Phase.FINISHED},
+    Phase.RESERVED: {Phase.PREFILLING, Phase.TRANSFERRING},
+    Phase.PREFILLING: {Phase.TRANSFERRING},
     Phase.TRANSFERRING: {Phase.DECODING, Phase.FINISHED},
     Phase.DECODING: {Phase.FINISHED},
 }

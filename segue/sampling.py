@@ -52,7 +52,12 @@ class SamplingParams:
         _check("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "must be -2 to 2")
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100, "must be above 0")
         _check("seed", self.seed, 0 <= self.seed < 2**64, "must be 0 to 2**64 - 1")
-        _check("logit_bias", len(self.logit_bias), len(self.logit_bias) <= MAX_LOGIT_BIAS, f"at most {MAX_LOGIT_BIAS} tokens")
+        _check(
+            "logit_bias",
+            len(self.logit_bias),
+            len(self.logit_bias) <= MAX_LOGIT_BIAS,
+            f"at most {MAX_LOGIT_BIAS} tokens",
+        )
         for token_id, bias in self.logit_bias.items():
             _check("logit_bias", bias, token_id >= 0 and -100 <= bias <= 100, "token ids map to -100 to 100")
         many = len(self.stop_token_ids)

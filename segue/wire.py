@@ -14,11 +14,11 @@ _FINISH_TO_PB = {
 _FINISH_FROM_PB = {value: reason for reason, value in _FINISH_TO_PB.items()}
 
 
-def finish_reason_to_pb(reason: FinishReason | None) -> pb.FinishReason:
+def finish_reason_to_pb(reason: FinishReason | None) -> pb.FinishReason.ValueType:
     return _FINISH_TO_PB[reason]
 
 
-def finish_reason_from_pb(value: pb.FinishReason) -> FinishReason | None:
+def finish_reason_from_pb(value: pb.FinishReason.ValueType) -> FinishReason | None:
     return _FINISH_FROM_PB[value]
 
 

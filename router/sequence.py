@@ -1,0 +1,79 @@
+"""What the front of the router (HTTP, gRPC) and its core (the coordinator) say to each other: tokens in, tokens out.
+
+The front turns a client's request into one SequenceRequest for each choice, and token steps into text. The core knows nothing
+of text; the front knows nothing of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from segue.lifecycle import Lifecycle, Phase
+from segue.sampling import FinishReason, GeneratedToken, SamplingParams
+from segue.v1 import inference_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One choice of one request, checked against the model's limits."""
+
+    sequence_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(slots=True)
+class SequencePath:
+    """Filled in while the sequence is served: which way it took."""
+
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    transport: str = "none"
+    prefill_cached_tokens: int = 0
+    decode_cached_tokens: int = 0
+    transferred_bytes: int = 0
+    attempts: int = 1
+
+    def to_pb(self) -> pb.RequestPath:
+        seconds = self.lifecycle.seconds
+        return pb.RequestPath(
+            prefill_worker=self.prefill_worker,
+            decode_worker=self.decode_worker,
+            transport=self.transport,
+            prefill_cached_tokens=self.prefill_cached_tokens,
+            decode_cached_tokens=self.decode_cached_tokens,
+            transferred_bytes=self.transferred_bytes,
+            ttft_s=seconds(Phase.QUEUED, Phase.TRANSFERRING) or 0.0,
+            handover_s=seconds(Phase.TRANSFERRING, Phase.DECODING) or 0.0,
+            total_s=seconds(Phase.QUEUED, Phase.FINISHED) or 0.0,
+            attempts=self.attempts,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """Tokens that came in one message; `finish_reason` is set on the last step of a sequence."""
+
+    tokens: tuple[GeneratedToken, ...]
+    finish_reason: FinishReason | None = None
+
+
+class SequenceServer(Protocol):
+    """The core, as the front sees it."""
+
+    def serve(self, request: SequenceRequest, path: SequencePath) -> AsyncGenerator[TokenStep, None]:
+        """Token steps until one carries a finish reason. Raises a SegueError when the sequence cannot be (further) served;
+        closing the generator early cancels it and frees what it held on both workers."""
+
+    def status(self) -> pb.GetClusterStatusResponse:
+        """The cluster as this router sees it now."""
+
+    def missing_roles(self) -> list[str]:
+        """Roles (prefill, decode) that no live worker has; empty when a request can be served."""
+
+    @property
+    def max_sequence_tokens(self) -> int | None:
+        """The longest prompt plus output that some pair of workers has KV memory for; None when there are no workers."""
