@@ -8,6 +8,7 @@ SegueError
 ├── Unavailable               the cluster cannot serve this now; retryable
 │   ├── NoWorker              no live worker has the role that is needed
 │   ├── Overloaded            queues are full
+│   ├── Unreachable           nothing answers at the cluster's address (raised by the client)
 │   └── WorkerLost            the worker that held the request died or left
 ├── TransferError             the hand-over of KV cache failed; retryable
 │   ├── ChecksumMismatch      bytes arrived damaged
@@ -84,6 +85,10 @@ class Overloaded(Unavailable):
     code = "overloaded"
     grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
     http_status = 429
+
+
+class Unreachable(Unavailable):
+    code = "unreachable"
 
 
 class WorkerLost(Unavailable):

@@ -3,6 +3,7 @@
 isort:skip_file
 The hand-over of KV cache between two workers. Control frames travel on a ZeroMQ DEALER (prefill) to ROUTER (decode)
 socket pair; a TCP push carries the bytes as further frames, a shared-memory push has already written them in place.
+docs/transfer.md tells the whole protocol.
 """
 
 from collections import abc as _abc
@@ -39,7 +40,7 @@ class Ticket(_message.Message):
     decode_worker_id: _builtins.str
     decode_epoch: _builtins.int
     endpoint: _builtins.str
-    """Where the decode worker receives, e.g. tcp://127.0.0.1:4711."""
+    """Where the decode worker receives, e.g. tcp://127.0.0.1:4711; `local:` when the writer is this very process."""
     layout_fingerprint: _builtins.str
     first_block: _builtins.int
     """The prompt's first block that is missing at decode; those before it are in its prefix cache."""
@@ -82,6 +83,9 @@ class TransferFrame(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     REVOKE_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    OPENED_FIELD_NUMBER: _builtins.int
+    PING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -100,6 +104,12 @@ class TransferFrame(_message.Message):
     def revoke(self) -> Global___Revoke: ...
     @_builtins.property
     def revoked(self) -> Global___Revoked: ...
+    @_builtins.property
+    def open(self) -> Global___Open: ...
+    @_builtins.property
+    def opened(self) -> Global___Opened: ...
+    @_builtins.property
+    def ping(self) -> Global___Ping: ...
     def __init__(
         self,
         *,
@@ -112,12 +122,15 @@ class TransferFrame(_message.Message):
         receipt: Global___Receipt | None = ...,
         revoke: Global___Revoke | None = ...,
         revoked: Global___Revoked | None = ...,
+        open: Global___Open | None = ...,
+        opened: Global___Opened | None = ...,
+        ping: Global___Ping | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "commit", b"commit", "hello", b"hello", "message", b"message", "push", b"push", "receipt", b"receipt", "renew", b"renew", "revoke", b"revoke", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "commit", b"commit", "hello", b"hello", "message", b"message", "open", b"open", "opened", b"opened", "ping", b"ping", "push", b"push", "receipt", b"receipt", "renew", b"renew", "revoke", b"revoke", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "commit", b"commit", "hello", b"hello", "message", b"message", "push", b"push", "receipt", b"receipt", "renew", b"renew", "revoke", b"revoke", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "commit", b"commit", "hello", b"hello", "message", b"message", "open", b"open", "opened", b"opened", "ping", b"ping", "push", b"push", "receipt", b"receipt", "renew", b"renew", "revoke", b"revoke", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "welcome", "push", "commit", "renew", "abandon", "receipt", "revoke", "revoked"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "welcome", "push", "commit", "renew", "abandon", "receipt", "revoke", "revoked", "open", "opened", "ping"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -134,9 +147,14 @@ class Hello(_message.Message):
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    SENDER_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     layout_fingerprint: _builtins.str
+    sender_id: _builtins.int
+    """Random, one for each sending object. A Hello on a new connection also says: of what this sender had under way on
+    earlier connections to this receiver, nothing will be written any more.
+    """
     @_builtins.property
     def host(self) -> Global___HostIdentity: ...
     @_builtins.property
@@ -151,10 +169,11 @@ class Hello(_message.Message):
         layout_fingerprint: _builtins.str = ...,
         host: Global___HostIdentity | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        sender_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "sender_id", b"sender_id", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -235,10 +254,13 @@ class SharedSegment(_message.Message):
     FD_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     fd: _builtins.int
     num_bytes: _builtins.int
     num_blocks: _builtins.int
+    name: _builtins.str
+    """The memfd's random name. Whoever opens it checks the name: equal pids on two cloned machines must not be mixed up."""
     def __init__(
         self,
         *,
@@ -246,18 +268,68 @@ class SharedSegment(_message.Message):
         fd: _builtins.int = ...,
         num_bytes: _builtins.int = ...,
         num_blocks: _builtins.int = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fd", b"fd", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fd", b"fd", "name", b"name", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SharedSegment: _TypeAlias = SharedSegment  # noqa: Y015
 
 @_typing.final
+class Open(_message.Message):
+    """prefill → decode: asks to write for a ticket. Nothing may be written before the answer, so that a ticket nobody has
+    opened can be taken back at once.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_ID_FIELD_NUMBER: _builtins.int
+    DECODE_EPOCH_FIELD_NUMBER: _builtins.int
+    ticket_id: _builtins.int
+    decode_epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        ticket_id: _builtins.int = ...,
+        decode_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_epoch", b"decode_epoch", "ticket_id", b"ticket_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Open: _TypeAlias = Open  # noqa: Y015
+
+@_typing.final
+class Opened(_message.Message):
+    """decode → prefill: this connection, and no other, may write for the ticket now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_ID_FIELD_NUMBER: _builtins.int
+    ticket_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        ticket_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket_id", b"ticket_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Opened: _TypeAlias = Opened  # noqa: Y015
+
+@_typing.final
 class Push(_message.Message):
-    """prefill → decode: these blocks of one layer are there. Over TCP their bytes follow as frames, in order."""
+    """prefill → decode: these blocks of one layer are there. Over TCP their bytes follow as frames, in order; a frame holds
+    one or several whole regions.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -293,23 +365,29 @@ Global___Push: _TypeAlias = Push  # noqa: Y015
 
 @_typing.final
 class Commit(_message.Message):
-    """prefill → decode: everything was pushed."""
+    """prefill → decode: everything was pushed, no write for this ticket is under way or will come."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TICKET_ID_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    SOURCE_BLOCKS_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.int
     first_token: _builtins.int
+    @_builtins.property
+    def source_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only within one process: the prompt's blocks, handed over as they lie."""
+
     def __init__(
         self,
         *,
         ticket_id: _builtins.int = ...,
         first_token: _builtins.int = ...,
+        source_blocks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "source_blocks", b"source_blocks", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -363,7 +441,7 @@ Global___Abandon: _TypeAlias = Abandon  # noqa: Y015
 
 @_typing.final
 class Receipt(_message.Message):
-    """decode → prefill: every block arrived and its checksum holds."""
+    """decode → prefill: every block arrived, its checksum holds, and decode took the blocks over."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -387,23 +465,27 @@ Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 
 @_typing.final
 class Revoke(_message.Message):
-    """decode → prefill: stop writing."""
+    """decode → prefill: stop writing, then answer Revoked."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TICKET_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.int
     reason: _builtins.str
+    code: _builtins.str
+    """What the writer's transfer ends with, a code of segue.errors."""
     def __init__(
         self,
         *,
         ticket_id: _builtins.int = ...,
         reason: _builtins.str = ...,
+        code: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "reason", b"reason", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -429,3 +511,20 @@ class Revoked(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Revoked: _TypeAlias = Revoked  # noqa: Y015
+
+@_typing.final
+class Ping(_message.Message):
+    """decode → prefill: nothing to say. Sending it shows whether the other side is still connected."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ping: _TypeAlias = Ping  # noqa: Y015

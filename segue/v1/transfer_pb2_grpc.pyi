@@ -3,6 +3,7 @@
 isort:skip_file
 The hand-over of KV cache between two workers. Control frames travel on a ZeroMQ DEALER (prefill) to ROUTER (decode)
 socket pair; a TCP push carries the bytes as further frames, a shared-memory push has already written them in place.
+docs/transfer.md tells the whole protocol.
 """
 
 from collections import abc as _abc

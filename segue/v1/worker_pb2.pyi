@@ -417,23 +417,16 @@ class PrefillReleased(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    TRANSFERRED_BYTES_FIELD_NUMBER: _builtins.int
-    TRANSPORT_FIELD_NUMBER: _builtins.int
-    transferred_bytes: _builtins.int
-    transport: _builtins.str
-    """shm, tcp, local."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     def __init__(
         self,
         *,
         key: Global___SequenceKey | None = ...,
-        transferred_bytes: _builtins.int = ...,
-        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "transferred_bytes", b"transferred_bytes", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -471,7 +464,13 @@ class DecodeStarted(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TRANSFERRED_BYTES_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
+    """Prompt tokens that decode had in its prefix cache."""
+    transferred_bytes: _builtins.int
+    transport: _builtins.str
+    """shm, tcp, local."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     def __init__(
@@ -479,10 +478,12 @@ class DecodeStarted(_message.Message):
         *,
         key: Global___SequenceKey | None = ...,
         cached_tokens: _builtins.int = ...,
+        transferred_bytes: _builtins.int = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "key", b"key", "transferred_bytes", b"transferred_bytes", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

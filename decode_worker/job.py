@@ -1,0 +1,34 @@
+"""One sequence on a decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from engine.sequence import Sequence
+from segue.errors import SegueError
+from segue.runtime import event_that_is_set
+from segue.v1 import worker_pb2 as pb
+from segue.worker_link import RouterLink
+
+
+@dataclass(eq=False, slots=True)
+class DecodeJob:
+    key: pb.SequenceKey
+    link: RouterLink
+    sequence: Sequence
+    # The KV is computed in this very process: blocks change hands, nothing is reserved or moved.
+    is_local: bool
+    # Hashes of the sequence's full blocks, as far as they are known; grows as tokens are decoded.
+    block_hashes: list[bytes]
+    num_published_blocks: int = 0
+    # Done when memory was leased (at once, if local).
+    admitted: asyncio.Future[None] = field(default_factory=asyncio.Future)
+    # Done when the last token is out; holds the error if there was one.
+    finished: asyncio.Future[None] = field(default_factory=asyncio.Future)
+    # Clear while a step computes this sequence.
+    idle: asyncio.Event = field(default_factory=event_that_is_set)
+
+    def fail(self, error: SegueError) -> None:
+        if not self.finished.done():
+            self.finished.set_exception(error)

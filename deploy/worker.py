@@ -1,0 +1,186 @@
+"""`python -m deploy.worker`: one worker process; its settings (segue.config.WorkerSettings) come from the environment.
+
+A role is a service, not a program: the engine (model, KV memory) is loaded once, and the prefill service, the decode service or
+both attach to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from decode_worker.service import DecodeService
+from engine.engine import Engine
+from engine.layout import kv_layout
+from kv_transfer.identity import WorkerIdentity
+from kv_transfer.memory import KVMemory
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+from prefill_worker.service import PrefillService
+from segue.config import WorkerSettings
+from segue.errors import ConfigError
+from segue.membership import Membership, held_lease
+from segue.models.config import ModelConfig
+from segue.models.store import model_revision
+from segue.runtime import Wakeups, background, run_process, say_serving, stop_event
+from segue.v1 import worker_pb2
+from segue.v1.inference_pb2 import WorkerLoad
+from segue.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
+from segue.worker_link import LINK_OPTIONS, Leg, WorkerLinkServicer
+
+logger = logging.getLogger(__name__)
+
+# How long a worker that was told to stop waits for the sequences it has.
+DRAIN_TIMEOUT_S = 60.0
+_BOTH_TRANSPORTS = ("shm", "tcp")
+
+
+async def run_worker(settings: WorkerSettings) -> None:
+    """Serves until SIGTERM or SIGINT, drains (until done, or a second signal), then returns. Raises ModelFileError,
+    ConfigError or StoreUnavailable when it cannot start."""
+    stop = stop_event()
+    async with AsyncExitStack() as stack:
+        membership = await stack.enter_async_context(Membership(settings.redis, settings.cluster_id))
+        engine, memory = _load(settings)
+        stack.callback(memory.close)
+        stack.callback(engine.close)
+        worker = _Worker(settings, engine, epoch=await membership.next_epoch())
+        await stack.enter_async_context(worker.legs(memory))
+        address = await stack.enter_async_context(worker.server())
+        await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
+        say_serving(grpc=address)
+        await stop.wait()
+        stop.clear()
+        await worker.drain(cut_short=stop)
+
+
+def _load(settings: WorkerSettings) -> tuple[Engine, KVMemory]:
+    config = ModelConfig.from_dir(settings.model_dir)
+    layout = kv_layout(config, settings, model_revision(settings.model_dir))
+    num_blocks = settings.kv_memory // layout.block_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"kv_memory: {settings.kv_memory} bytes hold {num_blocks} blocks of {layout.block_bytes} bytes; give it more"
+        )
+    memory = KVMemory.allocate(layout, num_blocks)
+    engine = Engine.load(
+        settings.model_dir, config, layout, num_blocks, memory.buffer, threads=settings.threads or os.cpu_count() or 1
+    )
+    return engine, memory
+
+
+@dataclass
+class _Worker:
+    settings: WorkerSettings
+    engine: Engine
+    epoch: int
+    address: str = ""
+    draining: bool = False
+    running_legs: list[Leg] = field(default_factory=list)
+    servicer: WorkerLinkServicer | None = None
+
+    @asynccontextmanager
+    async def legs(self, memory: KVMemory) -> AsyncIterator[None]:
+        """The services of this worker's roles, each with its loop running."""
+        settings, wakeups = self.settings, Wakeups()
+        identity = WorkerIdentity(settings.worker_id, self.epoch, self.engine.layout.fingerprint())
+        transports = _BOTH_TRANSPORTS if settings.kv_transport == "auto" else (settings.kv_transport,)
+        receiver: KVReceiver | None = None
+        loops = []
+        async with AsyncExitStack() as stack:
+            if "decode" in settings.roles:
+                receiver = await stack.enter_async_context(
+                    KVReceiver(identity, memory, host=settings.host, transports=transports, lease_ms=settings.ticket_lease_ms)
+                )
+                decode = DecodeService(
+                    self.engine,
+                    receiver,
+                    wakeups,
+                    worker_id=settings.worker_id,
+                    max_sequences=settings.max_batch,
+                    max_step_tokens=settings.max_prefill_tokens,
+                )
+                self.running_legs.append(decode)
+                loops.append(decode.run())
+            if "prefill" in settings.roles:
+                sender = await stack.enter_async_context(KVSender(identity, memory, transports=transports, local=receiver))
+                prefill = PrefillService(self.engine, sender, wakeups, max_step_tokens=settings.max_prefill_tokens)
+                self.running_legs.append(prefill)
+                loops.append(prefill.run())
+            async with background(*loops):
+                yield
+
+    @asynccontextmanager
+    async def server(self) -> AsyncIterator[str]:
+        """Serves links on a port that the system picks; gives the address."""
+        self.servicer = WorkerLinkServicer(self.running_legs, self.record, self.load)
+        server = grpc.aio.server(options=LINK_OPTIONS)
+        add_WorkerServiceServicer_to_server(self.servicer, server)  # type: ignore[no-untyped-call]
+        port = server.add_insecure_port(f"{self.settings.host}:0")
+        self.address = f"{self.settings.host}:{port}"
+        await server.start()
+        try:
+            yield self.address
+        finally:
+            await server.stop(grace=0.5)
+
+    async def drain(self, cut_short: asyncio.Event) -> None:
+        """Takes nothing new, tells every router so, and waits for what runs, DRAIN_TIMEOUT_S at most."""
+        self.draining = True
+        logger.info("draining: %d sequences to finish", sum(leg.num_sequences for leg in self.running_legs))
+        if self.servicer is not None:
+            self.servicer.start_draining()
+        finished = asyncio.gather(*(leg.wait_empty() for leg in self.running_legs))
+        told_again = asyncio.ensure_future(cut_short.wait())
+        await asyncio.wait({finished, told_again}, timeout=DRAIN_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if not finished.done():
+            logger.warning("leaving with sequences unfinished")
+        finished.cancel()
+        told_again.cancel()
+
+    def record(self) -> worker_pb2.WorkerRecord:
+        settings, engine = self.settings, self.engine
+        return worker_pb2.WorkerRecord(
+            worker_id=settings.worker_id,
+            epoch=self.epoch,
+            roles=settings.roles,
+            address=self.address,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            model=settings.model_name,
+            layout_fingerprint=engine.layout.fingerprint(),
+            max_context=engine.config.max_context,
+            vocab_size=engine.config.vocab_size,
+            block_size=engine.layout.block_size,
+            total_blocks=engine.pool.num_total,
+            draining=self.draining,
+        )
+
+    def load(self) -> WorkerLoad:
+        pool = self.engine.pool
+        load = WorkerLoad(
+            free_blocks=pool.num_free,
+            leased_blocks=pool.num_leased,
+            cached_blocks=pool.num_cached,
+            total_blocks=pool.num_total,
+            block_size=self.engine.layout.block_size,
+        )
+        for leg in self.running_legs:
+            leg.add_load(load)
+        return load
+
+
+async def main() -> None:
+    await run_worker(WorkerSettings.load())
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(main))

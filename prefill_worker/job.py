@@ -1,0 +1,41 @@
+"""One prompt on its way through a prefill worker."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from engine.sequence import Sequence
+from kv_transfer.sender import Push
+from prefill_worker.outgoing import OutgoingKV
+from segue.errors import SegueError
+from segue.runtime import event_that_is_set
+from segue.sampling import GeneratedToken
+from segue.v1 import worker_pb2 as pb
+from segue.worker_link import RouterLink
+
+
+@dataclass(eq=False, slots=True)
+class PrefillJob:
+    key: pb.SequenceKey
+    link: RouterLink
+    sequence: Sequence
+    # False: one token is all that is wanted.
+    hands_over: bool
+    # Hashes of the prompt's full blocks.
+    block_hashes: list[bytes]
+    outgoing: OutgoingKV
+    cached_tokens: int = 0
+    num_published_blocks: int = 0
+    first_token: asyncio.Future[GeneratedToken] = field(default_factory=asyncio.Future)
+    # The open push, once the ticket came and the decode worker answered.
+    push: asyncio.Future[Push] = field(default_factory=asyncio.Future)
+    opening: asyncio.Task[None] | None = None
+    # Clear while a step computes this sequence: its blocks are being written.
+    idle: asyncio.Event = field(default_factory=event_that_is_set)
+
+    def fail(self, error: SegueError) -> None:
+        """Ends the job with `error` wherever it waits now."""
+        waiting_for = self.push if self.first_token.done() else self.first_token
+        if not waiting_for.done():
+            waiting_for.set_exception(error)

@@ -1,0 +1,241 @@
+"""The prefill service: computes prompts, samples their first token, pushes their KV cache to a decode worker.
+
+The life of a job, one task each (`_serve`):
+
+    waiting for memory → computing, in chunks shared with others → first token out → push committed → released
+
+Beside the jobs runs one loop (`run`): admit, compute a step, settle. Layers are pushed from within the step, as they are done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
+
+from engine.engine import Chunk, Engine
+from engine.sequence import Sequence
+from kv_transfer.sender import KVSender
+from prefill_worker.job import PrefillJob
+from prefill_worker.outgoing import OutgoingKV
+from prefill_worker.scheduling import plan_chunks
+from segue.errors import InternalError, InvalidRequest, SegueError, TransferError
+from segue.jobs import JobTable
+from segue.prefix import block_hashes
+from segue.runtime import Wakeups
+from segue.sampling import GeneratedToken
+from segue.v1 import worker_pb2 as pb
+from segue.v1.inference_pb2 import WorkerLoad
+from segue.v1.transfer_pb2 import Ticket
+from segue.wire import finish_reason_to_pb, sampling_from_pb, token_to_pb
+from segue.worker_link import RouterLink
+
+
+class PrefillService:
+    """One leg of a worker. `wakeups` is shared with whatever else takes memory from the same engine."""
+
+    def __init__(self, engine: Engine, sender: KVSender, wakeups: Wakeups, *, max_step_tokens: int) -> None:
+        self._engine = engine
+        self._sender = sender
+        self._wakeups = wakeups
+        self._wake = wakeups.listener()
+        self._max_step_tokens = max_step_tokens
+        self._jobs: JobTable[PrefillJob] = JobTable()
+        # Oldest first. A job is in one of the two until its prompt is computed or it ends.
+        self._waiting: deque[PrefillJob] = deque()
+        self._computing: list[PrefillJob] = []
+        self._num_prefilled_tokens = 0
+        self._num_hit_tokens = 0
+        self._num_transferred_bytes = 0
+        self._num_failed_transfers = 0
+
+    # Leg
+
+    def handle(self, link: RouterLink, message: pb.LinkRequest) -> None:
+        match message.WhichOneof("message"):
+            case "start_prefill":
+                self._start(link, message.start_prefill)
+            case "attach_ticket":
+                self._attach(message.attach_ticket.key, message.attach_ticket.ticket)
+            case "cancel":
+                self._jobs.cancel(message.cancel.key)
+
+    def drop(self, link: RouterLink) -> None:
+        self._jobs.drop(link)
+
+    def add_load(self, load: WorkerLoad) -> None:
+        load.waiting_requests += len(self._waiting)
+        load.running_requests += len(self._jobs) - len(self._waiting)
+        load.queued_tokens += sum(job.sequence.num_uncomputed for job in (*self._waiting, *self._computing))
+        load.prefilled_tokens += self._num_prefilled_tokens
+        load.prefix_hit_tokens += self._num_hit_tokens
+        load.transferred_bytes += self._num_transferred_bytes
+        load.failed_transfers += self._num_failed_transfers
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._jobs)
+
+    async def wait_empty(self) -> None:
+        await self._jobs.wait_empty()
+
+    # A job's life
+
+    def _start(self, link: RouterLink, message: pb.StartPrefill) -> None:
+        layout, pool = self._engine.layout, self._engine.pool
+        token_ids = list(message.token_ids)
+        try:
+            sampling = sampling_from_pb(message.sampling)
+            if not token_ids or layout.num_blocks_for(len(token_ids)) > pool.num_total:
+                raise InvalidRequest("prompt", f"{len(token_ids)} tokens do not fit this worker's KV memory")
+        except InvalidRequest as error:
+            link.send_failed(message.key, error)
+            return
+        job = PrefillJob(
+            key=message.key,
+            link=link,
+            sequence=Sequence(message.key.sequence_id, token_ids, sampling),
+            hands_over=message.hand_over,
+            block_hashes=block_hashes(token_ids, layout.block_size),
+            outgoing=OutgoingKV(layout, len(token_ids)),
+        )
+        self._waiting.append(job)
+        self._jobs.start(job, self._serve(job))
+        self._wake.set()
+
+    async def _serve(self, job: PrefillJob) -> None:
+        try:
+            token = await job.first_token
+            finish_reason = job.sequence.append(token)
+            job.link.send(
+                pb.LinkResponse(
+                    first_token=pb.FirstToken(
+                        key=job.key,
+                        token=token_to_pb(token),
+                        finish_reason=finish_reason_to_pb(finish_reason),
+                        cached_tokens=job.cached_tokens,
+                    )
+                )
+            )
+            if finish_reason is None and job.hands_over:
+                await self._hand_over(job, token)
+                job.link.send(pb.LinkResponse(prefill_released=pb.PrefillReleased(key=job.key)))
+        except SegueError as error:
+            self._num_failed_transfers += isinstance(error, TransferError)
+            job.link.send_failed(job.key, error)
+        finally:
+            await self._release(job)
+
+    async def _hand_over(self, job: PrefillJob, token: GeneratedToken) -> None:
+        push = await job.push
+        assert job.sequence.lease is not None
+        self._num_transferred_bytes += await push.commit(token.token_id, job.sequence.lease.block_ids)
+
+    async def _release(self, job: PrefillJob) -> None:
+        """Takes the job out of every queue, waits until nothing writes or reads its blocks, and gives them back."""
+        with suppress(ValueError):
+            self._waiting.remove(job)
+        self._stop_computing(job)
+        await job.idle.wait()
+        if job.opening is not None:
+            job.opening.cancel()
+            await asyncio.gather(job.opening, return_exceptions=True)
+        if job.push.done() and job.push.exception() is None:
+            await job.push.result().abandon("the prefill leg ended")
+        if job.sequence.lease is not None:
+            self._engine.pool.release(job.sequence.lease)
+        self._wakeups.notify()
+
+    def _attach(self, key: pb.SequenceKey, ticket: Ticket) -> None:
+        job = self._jobs.get(key)
+        if job is not None and job.opening is None:
+            job.opening = asyncio.create_task(self._open_push(job, ticket))
+
+    async def _open_push(self, job: PrefillJob, ticket: Ticket) -> None:
+        try:
+            push = await self._sender.open(ticket)
+        except SegueError as error:
+            job.fail(error)
+        else:
+            job.push.set_result(push)
+            job.outgoing.attach(push, ticket.first_block)
+
+    # The loop
+
+    async def run(self) -> None:
+        """Computes until cancelled."""
+        while True:
+            self._admit()
+            sizes = plan_chunks([job.sequence.num_uncomputed for job in self._computing], self._max_step_tokens)
+            if not sizes:
+                await self._wake.wait()
+                self._wake.clear()
+                continue
+            jobs = self._computing[: len(sizes)]
+            tokens = await self._compute(jobs, sizes)
+            self._settle(jobs, tokens)
+
+    def _admit(self) -> None:
+        """Leases memory for waiting jobs, in their order: none overtakes one that waits for more memory."""
+        pool, layout = self._engine.pool, self._engine.layout
+        while self._waiting:
+            job = self._waiting[0]
+            # At least the last token is computed anew: its logits are what the prompt is computed for.
+            num_reusable = (job.sequence.num_prompt_tokens - 1) // layout.block_size
+            num_blocks = layout.num_blocks_for(job.sequence.num_prompt_tokens)
+            lease = pool.lease(num_blocks, job.block_hashes[:num_reusable])
+            if lease is None:
+                return
+            self._waiting.popleft()
+            job.sequence.lease = lease
+            job.sequence.num_computed = job.cached_tokens = lease.num_cached * layout.block_size
+            self._num_hit_tokens += job.cached_tokens
+            job.num_published_blocks = lease.num_cached
+            job.outgoing.begin(lease.block_ids, job.cached_tokens)
+            self._computing.append(job)
+
+    async def _compute(self, jobs: SequenceOf[PrefillJob], sizes: SequenceOf[int]) -> list[GeneratedToken | None]:
+        loop = asyncio.get_running_loop()
+        chunks = [Chunk(job.sequence, size) for job, size in zip(jobs, sizes, strict=True)]
+        ends = [(job, job.sequence.num_computed + size) for job, size in zip(jobs, sizes, strict=True)]
+
+        def layer_done(layer: int) -> None:
+            for job, num_tokens in ends:
+                job.outgoing.layer_done(layer, num_tokens)
+
+        def on_layer(layer: int) -> None:  # on the engine's thread
+            loop.call_soon_threadsafe(layer_done, layer)
+
+        for job in jobs:
+            job.idle.clear()
+        try:
+            return await self._engine.run(chunks, on_layer)
+        except RuntimeError as error:  # what torch raises
+            for job in jobs:
+                self._stop_computing(job)
+                job.fail(InternalError(f"prefill step failed: {error}"))
+            return [None] * len(jobs)
+        finally:
+            for job in jobs:
+                job.idle.set()
+
+    def _settle(self, jobs: SequenceOf[PrefillJob], tokens: SequenceOf[GeneratedToken | None]) -> None:
+        for job, token in zip(jobs, tokens, strict=True):
+            self._publish(job)
+            if token is not None:
+                self._num_prefilled_tokens += job.sequence.num_prompt_tokens - job.cached_tokens
+                self._stop_computing(job)
+                job.first_token.set_result(token)
+
+    def _publish(self, job: PrefillJob) -> None:
+        """Makes the blocks that became full available to later prompts with the same beginning."""
+        num_full = job.sequence.num_computed // self._engine.layout.block_size
+        assert job.sequence.lease is not None
+        for index in range(job.num_published_blocks, num_full):
+            self._engine.pool.publish(job.sequence.lease, index, job.block_hashes[index])
+        job.num_published_blocks = num_full
+
+    def _stop_computing(self, job: PrefillJob) -> None:
+        with suppress(ValueError):
+            self._computing.remove(job)

@@ -1,0 +1,38 @@
+"""Puts a router together and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+from router.coordinator import Coordinator
+from router.front import Front
+from router.text import Tokenizer
+from router.workers import Workers
+from segue.config import RouterSettings
+from segue.membership import Membership
+from segue.models.config import ModelConfig
+from segue.runtime import say_serving, stop_event
+
+logger = logging.getLogger(__name__)
+
+
+async def run_router(settings: RouterSettings) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running requests finish. Raises ModelFileError or ConfigError when it
+    cannot start."""
+    stop = stop_event()
+    tokenizer = Tokenizer.from_dir(settings.model_dir)
+    model_config = ModelConfig.from_dir(settings.model_dir)
+    router_id = f"router-{uuid.uuid4().hex[:8]}"
+    async with Membership(settings.redis, settings.cluster_id) as membership:
+        async with Workers(membership, router_id, settings.model_name).running() as workers:
+            coordinator = Coordinator(
+                workers,
+                settings.model_name,
+                max_active=settings.max_active_requests,
+                timeout_s=settings.request_timeout_s,
+            )
+            async with Front(settings, tokenizer, model_config, coordinator) as front:
+                say_serving(http=front.http_address, grpc=front.grpc_address)
+                await stop.wait()
+                logger.info("stopping: no new requests, running ones may finish")

@@ -1,0 +1,134 @@
+"""Who is in the cluster: worker records in Redis, each under a lease that its worker renews.
+
+    segue:<cluster>:worker:<worker id>    WorkerRecord, expires with the lease
+    segue:<cluster>:epoch                 counter; every start of a worker takes the next value
+    segue:<cluster>:changes               channel, one message for every arrival, change and departure
+
+A record outlives its worker by one lease at most. Readers treat the store as a hint: the link to a worker is what counts,
+and while the store is away they go on with what they know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import redis.asyncio as redis_client
+from google.protobuf.message import DecodeError
+from redis.exceptions import RedisError
+
+from segue.errors import StoreUnavailable
+from segue.runtime import background
+from segue.v1.worker_pb2 import WorkerRecord
+
+logger = logging.getLogger(__name__)
+
+# Deletes a worker's record only if it is still that of the epoch which leaves: a restarted worker may have replaced it.
+_WITHDRAW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) else return 0 end"
+_STORE_ERRORS = (RedisError, OSError, asyncio.TimeoutError)
+
+
+class Membership:
+    """The records of one cluster. Every method raises StoreUnavailable when the store does not answer."""
+
+    def __init__(self, redis_url: str, cluster_id: str) -> None:
+        self._redis = redis_client.Redis.from_url(redis_url, socket_connect_timeout=2.0, socket_timeout=5.0)
+        self._prefix = f"segue:{cluster_id}"
+
+    async def __aenter__(self) -> Membership:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._redis.aclose()
+
+    async def next_epoch(self) -> int:
+        """A number above all that were handed out in this cluster."""
+        async with _as_store_unavailable():
+            return int(await self._redis.incr(f"{self._prefix}:epoch"))
+
+    async def announce(self, record: WorkerRecord, lease_ms: int) -> None:
+        """Writes `record` for `lease_ms`, and tells the listeners if it differs from what was there."""
+        async with _as_store_unavailable():
+            data = record.SerializeToString(deterministic=True)
+            before = await self._redis.set(self._key(record.worker_id), data, px=lease_ms, get=True)
+            if before != data:
+                await self._redis.publish(f"{self._prefix}:changes", record.worker_id)
+
+    async def withdraw(self, record: WorkerRecord) -> None:
+        async with _as_store_unavailable():
+            data = record.SerializeToString(deterministic=True)
+            await self._redis.eval(_WITHDRAW, 1, self._key(record.worker_id), data)
+            await self._redis.publish(f"{self._prefix}:changes", record.worker_id)
+
+    async def list_workers(self) -> list[WorkerRecord]:
+        """Records whose lease holds, in order of worker id. Records that cannot be read are left out, and logged."""
+        async with _as_store_unavailable():
+            keys = sorted([key async for key in self._redis.scan_iter(match=f"{self._prefix}:worker:*", count=1000)])
+            values = await self._redis.mget(keys) if keys else []
+        records = []
+        for key, value in zip(keys, values, strict=True):
+            if value is None:  # lapsed since the scan
+                continue
+            try:
+                records.append(WorkerRecord.FromString(value))  # type: ignore[arg-type]  # responses are not decoded
+            except DecodeError:
+                logger.warning("the membership record %r cannot be read and is left out", key)
+        return records
+
+    async def changes(self, interval_s: float) -> AsyncIterator[None]:
+        """Yields at once, then whenever something changed, and every `interval_s` at least (leases lapse silently)."""
+        yield
+        pubsub = self._redis.pubsub(ignore_subscribe_messages=True)
+        try:
+            while True:
+                try:
+                    if not pubsub.subscribed:
+                        await pubsub.subscribe(f"{self._prefix}:changes")
+                    await pubsub.get_message(timeout=interval_s)
+                except _STORE_ERRORS:
+                    await asyncio.sleep(interval_s)  # nothing to wait for while the store is away
+                yield
+        finally:
+            await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+    def _key(self, worker_id: str) -> str:
+        return f"{self._prefix}:worker:{worker_id}"
+
+
+@asynccontextmanager
+async def _as_store_unavailable() -> AsyncIterator[None]:
+    try:
+        yield
+    except _STORE_ERRORS as error:
+        raise StoreUnavailable(f"the membership store does not answer: {error}") from error
+
+
+@asynccontextmanager
+async def held_lease(membership: Membership, record: Callable[[], WorkerRecord], lease_ms: int) -> AsyncIterator[None]:
+    """Keeps `record()` announced until the block ends, then withdraws it. The first announcement must succeed; later
+    failures are logged once each time the store goes away, and retried: serving does not depend on the store."""
+    await membership.announce(record(), lease_ms)
+    try:
+        async with background(_renew(membership, record, lease_ms)):
+            yield
+    finally:
+        try:
+            await membership.withdraw(record())
+        except StoreUnavailable as error:
+            logger.warning("left without withdrawing, the lease will lapse: %s", error.message)
+
+
+async def _renew(membership: Membership, record: Callable[[], WorkerRecord], lease_ms: int) -> None:
+    reachable = True
+    while True:
+        await asyncio.sleep(lease_ms / 3000)
+        try:
+            await membership.announce(record(), lease_ms)
+        except StoreUnavailable as error:
+            if reachable:
+                logger.warning("lease not renewed: %s", error.message)
+            reachable = False
+        else:
+            reachable = True

@@ -1,0 +1,140 @@
+"""The worker's end of the link to its routers: one gRPC stream each, served for every role that the worker has.
+
+A *leg* is one role's part in serving sequences. The link hands each message to the leg that it is for; when the link ends,
+each leg drops what it had from that router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from segue.errors import SegueError, WorkerLost
+from segue.runtime import background
+from segue.v1 import worker_pb2 as pb
+from segue.v1.inference_pb2 import WorkerLoad
+from segue.v1.worker_pb2_grpc import WorkerServiceServicer
+
+logger = logging.getLogger(__name__)
+
+LOAD_INTERVAL_S = 0.5
+LINK_OPTIONS = [
+    # A prompt of a million tokens fits many times.
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    ("grpc.max_send_message_length", 64 * 2**20),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Two workers must never share a port.
+    ("grpc.so_reuseport", 0),
+]
+
+SequenceId = tuple[str, int]
+
+
+def sequence_id(key: pb.SequenceKey) -> SequenceId:
+    """Hashable form of a key."""
+    return key.sequence_id, key.attempt
+
+
+class RouterLink:
+    """Where a leg sends what it has to say to one router. Sending never blocks; after the link ended it goes nowhere."""
+
+    def __init__(self, router_id: str) -> None:
+        self.router_id = router_id
+        self._outbox: asyncio.Queue[pb.LinkResponse] = asyncio.Queue()
+
+    def send(self, message: pb.LinkResponse) -> None:
+        self._outbox.put_nowait(message)
+
+    def send_failed(self, key: pb.SequenceKey, error: SegueError) -> None:
+        self.send(pb.LinkResponse(failed=pb.SequenceFailed(key=key, code=error.code, message=error.message)))
+
+    async def next_message(self) -> pb.LinkResponse:
+        return await self._outbox.get()
+
+
+class Leg(Protocol):
+    """One role of a worker: the prefill service or the decode service."""
+
+    def handle(self, link: RouterLink, message: pb.LinkRequest) -> None:
+        """Takes a message of this leg's kind; others, and keys it does not know, it ignores. Never blocks."""
+
+    def drop(self, link: RouterLink) -> None:
+        """Cancels every sequence that came over `link`."""
+
+    def add_load(self, load: WorkerLoad) -> None:
+        """Adds this leg's counts to `load`."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that hold anything here."""
+
+    async def wait_empty(self) -> None:
+        """Returns when no sequence holds anything here."""
+
+
+class WorkerLinkServicer(WorkerServiceServicer):
+    """Serves WorkerService.Link for `legs`. `record` and `load` give what the worker says of itself now."""
+
+    def __init__(self, legs: Sequence[Leg], record: Callable[[], pb.WorkerRecord], load: Callable[[], WorkerLoad]) -> None:
+        self._legs = legs
+        self._record = record
+        self._load = load
+        self._links: set[RouterLink] = set()
+        self._draining = False
+
+    def start_draining(self) -> None:
+        """Takes no new sequences from now on, and tells every router so."""
+        self._draining = True
+        for link in self._links:
+            link.send(pb.LinkResponse(draining=pb.WorkerDraining()))
+
+    async def Link(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[pb.LinkRequest],
+        context: grpc.aio.ServicerContext[pb.LinkRequest, pb.LinkResponse],
+    ) -> AsyncIterator[pb.LinkResponse]:
+        first = await anext(aiter(request_iterator), pb.LinkRequest())
+        if not first.HasField("open"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a link begins with OpenLink")
+        link = RouterLink(first.open.router_id)
+        self._links.add(link)
+        link.send(pb.LinkResponse(opened=pb.LinkOpened(worker=self._record())))
+        async with background(self._read(request_iterator, link), self._report_load(link)):
+            try:
+                while True:
+                    yield await link.next_message()
+            finally:
+                self._links.discard(link)
+                for leg in self._legs:
+                    leg.drop(link)
+
+    async def _report_load(self, link: RouterLink) -> None:
+        while True:
+            link.send(pb.LinkResponse(load=self._load()))
+            await asyncio.sleep(LOAD_INTERVAL_S)
+
+    async def _read(self, requests: AsyncIterator[pb.LinkRequest], link: RouterLink) -> None:
+        async for message in requests:
+            if self._draining and (key := _new_sequence(message)) is not None:
+                link.send_failed(key, WorkerLost("the worker is draining"))
+                continue
+            for leg in self._legs:
+                leg.handle(link, message)
+
+
+def _new_sequence(message: pb.LinkRequest) -> pb.SequenceKey | None:
+    """The key of the sequence that `message` would start."""
+    match message.WhichOneof("message"):
+        case "start_prefill":
+            return message.start_prefill.key
+        case "reserve_decode":
+            return message.reserve_decode.key
+    return None
