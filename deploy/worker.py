@@ -47,19 +47,26 @@ async def run_worker(settings: WorkerSettings) -> None:
     """Serves until SIGTERM or SIGINT, drains (until done, or a second signal), then returns. Raises ModelFileError,
     ConfigError or StoreUnavailable when it cannot start."""
     stop = stop_event()
+    async with serving_worker(settings) as worker:
+        say_serving(grpc=worker.address)
+        await stop.wait()
+        stop.clear()
+        await worker.drain(cut_short=stop)
+
+
+@asynccontextmanager
+async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
+    """A worker that is announced and serves until the block ends."""
     async with AsyncExitStack() as stack:
         membership = await stack.enter_async_context(Membership(settings.redis, settings.cluster_id))
         engine, memory = _load(settings)
         stack.callback(memory.close)
         stack.callback(engine.close)
-        worker = _Worker(settings, engine, epoch=await membership.next_epoch())
+        worker = Worker(settings, engine, epoch=await membership.next_epoch())
         await stack.enter_async_context(worker.legs(memory))
-        address = await stack.enter_async_context(worker.server())
+        await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
-        say_serving(grpc=address)
-        await stop.wait()
-        stop.clear()
-        await worker.drain(cut_short=stop)
+        yield worker
 
 
 def _load(settings: WorkerSettings) -> tuple[Engine, KVMemory]:
@@ -78,13 +85,13 @@ def _load(settings: WorkerSettings) -> tuple[Engine, KVMemory]:
 
 
 @dataclass
-class _Worker:
+class Worker:
     settings: WorkerSettings
     engine: Engine
     epoch: int
     address: str = ""
     draining: bool = False
-    running_legs: list[Leg] = field(default_factory=list)
+    active_legs: list[Leg] = field(default_factory=list)
     servicer: WorkerLinkServicer | None = None
 
     @asynccontextmanager
@@ -108,37 +115,37 @@ class _Worker:
                     max_sequences=settings.max_batch,
                     max_step_tokens=settings.max_prefill_tokens,
                 )
-                self.running_legs.append(decode)
+                self.active_legs.append(decode)
                 loops.append(decode.run())
             if "prefill" in settings.roles:
                 sender = await stack.enter_async_context(KVSender(identity, memory, transports=transports, local=receiver))
                 prefill = PrefillService(self.engine, sender, wakeups, max_step_tokens=settings.max_prefill_tokens)
-                self.running_legs.append(prefill)
+                self.active_legs.append(prefill)
                 loops.append(prefill.run())
             async with background(*loops):
                 yield
 
     @asynccontextmanager
-    async def server(self) -> AsyncIterator[str]:
-        """Serves links on a port that the system picks; gives the address."""
-        self.servicer = WorkerLinkServicer(self.running_legs, self.record, self.load)
+    async def server(self) -> AsyncIterator[None]:
+        """Serves links on a port that the system picks."""
+        self.servicer = WorkerLinkServicer(self.active_legs, self.record, self.load)
         server = grpc.aio.server(options=LINK_OPTIONS)
         add_WorkerServiceServicer_to_server(self.servicer, server)  # type: ignore[no-untyped-call]
         port = server.add_insecure_port(f"{self.settings.host}:0")
         self.address = f"{self.settings.host}:{port}"
         await server.start()
         try:
-            yield self.address
+            yield
         finally:
             await server.stop(grace=0.5)
 
     async def drain(self, cut_short: asyncio.Event) -> None:
         """Takes nothing new, tells every router so, and waits for what runs, DRAIN_TIMEOUT_S at most."""
         self.draining = True
-        logger.info("draining: %d sequences to finish", sum(leg.num_sequences for leg in self.running_legs))
+        logger.info("draining: %d sequences to finish", sum(leg.num_sequences for leg in self.active_legs))
         if self.servicer is not None:
             self.servicer.start_draining()
-        finished = asyncio.gather(*(leg.wait_empty() for leg in self.running_legs))
+        finished = asyncio.gather(*(leg.wait_empty() for leg in self.active_legs))
         told_again = asyncio.ensure_future(cut_short.wait())
         await asyncio.wait({finished, told_again}, timeout=DRAIN_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if not finished.done():
@@ -173,7 +180,7 @@ class _Worker:
             total_blocks=pool.num_total,
             block_size=self.engine.layout.block_size,
         )
-        for leg in self.running_legs:
+        for leg in self.active_legs:
             leg.add_load(load)
         return load
 

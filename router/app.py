@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from router.coordinator import Coordinator
 from router.front import Front
@@ -21,6 +23,15 @@ async def run_router(settings: RouterSettings) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish. Raises ModelFileError or ConfigError when it
     cannot start."""
     stop = stop_event()
+    async with serving_router(settings) as front:
+        say_serving(http=front.http_address, grpc=front.grpc_address)
+        await stop.wait()
+        logger.info("stopping: no new requests, running ones may finish")
+
+
+@asynccontextmanager
+async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
+    """A router that serves until the block ends."""
     tokenizer = Tokenizer.from_dir(settings.model_dir)
     model_config = ModelConfig.from_dir(settings.model_dir)
     router_id = f"router-{uuid.uuid4().hex[:8]}"
@@ -33,6 +44,4 @@ async def run_router(settings: RouterSettings) -> None:
                 timeout_s=settings.request_timeout_s,
             )
             async with Front(settings, tokenizer, model_config, coordinator) as front:
-                say_serving(http=front.http_address, grpc=front.grpc_address)
-                await stop.wait()
-                logger.info("stopping: no new requests, running ones may finish")
+                yield front

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import pytest
+
+from segue.config import ClusterSettings, RouterSettings, WorkerSettings, parse_bytes
+from segue.errors import ConfigError
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "segue.toml"
+    file.write_text('prefill = 2\ndecode = 3\ndtype = "bfloat16"\n')
+    settings = ClusterSettings.load(flags={"prefill": 5, "decode": None}, env={"SEGUE_DECODE": "4"}, file=file)
+    assert (settings.prefill, settings.decode, settings.dtype, settings.http_port) == (5, 4, "bfloat16", 8000)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("1", 1), ("2k", 2048), ("1.5GiB", 1_610_612_736), ("512 MiB", 2**29), ("3mb", 3 * 2**20)]
+)
+def test_sizes(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({"prefill": 0}, "prefill"),
+        ({"http_port": 70000}, "http_port"),
+        ({"dtype": "int4"}, "dtype"),
+        ({"kv_memory": "lots"}, "kv_memory"),
+        ({"prefil": 1}, "prefil"),
+        ({"prefill": "two", "decode": "three"}, "decode"),
+    ],
+)
+def test_a_bad_setting_is_named(flags: dict[str, object], names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        ClusterSettings.load(flags=flags, env={})
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        ClusterSettings.load(env={}, file=tmp_path / "missing.toml")
+    (tmp_path / "bad.toml").write_text("prefill = = 2")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        ClusterSettings.load(env={}, file=tmp_path / "bad.toml")
+
+
+def test_settings_reach_a_child_through_its_environment() -> None:
+    worker = WorkerSettings(
+        cluster_id="c",
+        redis="redis://:secret@127.0.0.1:1/0",
+        worker_id="both-0",
+        roles=("prefill", "decode"),
+        model_dir=Path("/models/m"),
+        model_name="m",
+        threads=2,
+    )
+    assert WorkerSettings.load(env=worker.to_env()) == worker
+    router = RouterSettings(cluster_id="c", redis="redis://r", model_dir=Path("/m"), model_name="m", http_port=0)
+    assert RouterSettings.load(env=router.to_env()) == router

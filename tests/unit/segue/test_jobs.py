@@ -1,0 +1,95 @@
+import asyncio
+from dataclasses import dataclass, field
+
+from segue.jobs import JobTable
+from segue.v1 import worker_pb2 as pb
+from segue.worker_link import RouterLink
+
+
+@dataclass(eq=False)
+class FakeJob:
+    key: pb.SequenceKey
+    link: RouterLink
+    released: list[str] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def serve(self) -> None:
+        try:
+            await self.gate.wait()
+        finally:
+            await asyncio.sleep(0)  # clean-up may await
+            self.released.append("released")
+
+
+def make_job(name: str = "a", link: RouterLink | None = None) -> FakeJob:
+    return FakeJob(pb.SequenceKey(sequence_id=name, attempt=1), link or RouterLink("r"))
+
+
+async def test_a_job_ends_by_itself_and_the_table_is_empty() -> None:
+    table: JobTable[FakeJob] = JobTable()
+    job = make_job()
+    table.start(job, job.serve())
+    assert len(table) == 1
+    assert table.get(job.key) is job
+    job.gate.set()
+    await table.wait_empty()
+    assert (len(table), job.released, table.get(job.key)) == (0, ["released"], None)
+
+
+async def test_a_job_cancelled_before_its_first_step_still_cleans_up() -> None:
+    table: JobTable[FakeJob] = JobTable()
+    job = make_job()
+    table.start(job, job.serve())
+    table.cancel(job.key)
+    await table.wait_empty()
+    assert job.released == ["released"]
+
+
+async def test_cancelling_again_does_not_interrupt_the_clean_up() -> None:
+    table: JobTable[FakeJob] = JobTable()
+    job = make_job()
+    table.start(job, job.serve())
+    await asyncio.sleep(0)
+    for _ in range(3):
+        table.cancel(job.key)
+        await asyncio.sleep(0)
+    await table.wait_empty()
+    assert job.released == ["released"]
+
+
+async def test_a_broken_link_drops_its_own_jobs_only() -> None:
+    table: JobTable[FakeJob] = JobTable()
+    mine, other = RouterLink("mine"), RouterLink("other")
+    jobs = [make_job("a", mine), make_job("b", mine), make_job("c", other)]
+    for job in jobs:
+        table.start(job, job.serve())
+    table.drop(mine)
+    for _ in range(5):  # steps of the loop that cancelling and clean-up take
+        await asyncio.sleep(0)
+    assert [bool(job.released) for job in jobs] == [True, True, False]
+    table.cancel(jobs[2].key)
+    await table.wait_empty()
+
+
+async def test_a_key_that_is_taken_fails_the_newcomer() -> None:
+    table: JobTable[FakeJob] = JobTable()
+    first, second = make_job(), make_job()
+    table.start(first, first.serve())
+    table.start(second, second.serve())
+    message = await second.link.next_message()
+    assert message.failed.code == "internal"
+    assert table.get(first.key) is first
+    first.gate.set()
+    await table.wait_empty()
+
+
+async def test_a_defect_becomes_an_error_at_the_router() -> None:
+    async def explode() -> None:
+        raise ValueError("boom")
+
+    table: JobTable[FakeJob] = JobTable()
+    job = make_job()
+    table.start(job, explode())
+    await table.wait_empty()
+    message = await job.link.next_message()
+    assert (message.failed.code, message.failed.message) == ("internal", "ValueError: boom")
