@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 
 from router.placement import Policy, least_loaded, place
 from router.sequence import SequencePath, SequenceRequest, TokenStep
 from router.workers import LineEvent, WorkerLink, Workers
-from segue import __version__
 from segue.errors import DeadlineExceeded, Overloaded, SegueError
 from segue.lifecycle import Phase
 from segue.v1 import inference_pb2, worker_pb2
@@ -89,7 +89,7 @@ class Coordinator:
             workers=[link.status() for link in self._workers.all()],
             active_requests=self._num_active,
             membership_fresh=self._workers.membership_fresh,
-            version=__version__,
+            version=version("segue"),
         )
 
     def missing_roles(self) -> list[str]:

