@@ -1,0 +1,95 @@
+"""One worker replica as a Ray actor. Ray places it and, when its process dies, starts it anew; no request passes through Ray.
+
+The actor has one task, `run`, which serves on the process's main thread for as long as the worker lives. A process that dies
+is replaced by Ray, which runs the task again: a new epoch of the same worker. A task that returns (the worker was told to
+drain, or cannot work) ends the replica, and its driver decides what comes next.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypedDict
+
+from segue.config import WorkerSettings
+from segue.errors import SegueError
+from segue.paths import logs_dir
+from segue.runtime import LOG_FORMAT
+
+START_MARK = "=== segue worker"
+# Read by the numeric libraries when they are loaded, which is after the actor's constructor.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Outcome(TypedDict):
+    """How a run ended; plain data, so that nothing of it can fail to unpickle."""
+
+    drained: bool
+    code: str
+    error: str
+
+
+def worker_log(cluster_id: str, worker_id: str) -> Path:
+    """Where a replica writes, on the host that it runs on."""
+    return logs_dir() / cluster_id / f"{worker_id}.log"
+
+
+def num_starts(log: Path) -> int:
+    """How many processes of a worker have begun; 0 where the log is on another host."""
+    try:
+        return log.read_text(errors="replace").count(START_MARK)
+    except OSError:
+        return 0
+
+
+class Replica:
+    """Made into an actor by the driver, which knows its resources."""
+
+    def __init__(self, settings_json: str, spread: bool) -> None:
+        settings = WorkerSettings.model_validate_json(settings_json)
+        self._settings = settings.model_copy(update={"host": _node_address()}) if spread else settings
+        for name in _THREAD_VARIABLES:
+            os.environ[name] = str(self._settings.threads)
+        _redirect_output(worker_log(self._settings.cluster_id, self._settings.worker_id))
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT, force=True)
+
+    def run(self, entry: str) -> Outcome:
+        """Serves through `entry` ("module:coroutine function") until told to stop."""
+        import uvloop
+
+        sys.stderr.write(f"{START_MARK} {self._settings.worker_id}, pid {os.getpid()}, {time.strftime('%FT%T%z')}\n")
+        try:
+            uvloop.run(_serve(entry, self._settings))
+        except SegueError as error:
+            logging.getLogger(__name__).error("%s", error.message)
+            return Outcome(drained=False, code=error.code, error=error.message)
+        return Outcome(drained=True, code="", error="")
+
+
+async def _serve(entry: str, settings: WorkerSettings) -> None:
+    module, _, function = entry.partition(":")
+    serve: Callable[[WorkerSettings], Awaitable[None]] = getattr(importlib.import_module(module), function)
+    await serve(settings)
+
+
+def _node_address() -> str:
+    """The address at which other nodes of the Ray cluster reach this one."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def _redirect_output(log: Path) -> None:
+    """Sends this process's stdout and stderr, also those of native code, to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
