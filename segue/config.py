@@ -86,7 +86,7 @@ class EngineSettings(Settings):
     """What decides how a worker computes; all workers of a cluster share it."""
 
     dtype: Dtype = "float32"
-    kv_memory: NumBytes = Field(2**29, ge=2**20, description="Memory for KV cache of each worker, in bytes")
+    kv_memory: NumBytes = Field(2**29, ge=1, description="Memory for KV cache of each worker, in bytes")
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one KV block")
     threads: int = Field(0, ge=0, description="Compute threads of each worker; 0 shares out the cores")
     max_prefill_tokens: int = Field(512, ge=1, description="Prompt tokens computed in one step")
