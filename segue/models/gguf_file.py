@@ -122,7 +122,7 @@ class _HeaderReader:
     def _read_preamble(self) -> tuple[int, int]:
         magic = bytes(self._take(4))
         if magic != MAGIC:
-            raise self._file.error(f"not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}")
+            raise self._file.error(f"not a GGUF file: it begins with {magic!r}; give a .gguf file or a model's directory")
         (version,) = self._unpack("I")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
