@@ -87,7 +87,6 @@ async def test_without_a_worker_for_a_role_requests_fail_at_once_and_readably(va
             with pytest.raises(NoWorker, match="no decode worker is ready") as caught:
                 await client.generate([5, 6], **GREEDY)
             assert caught.value.retryable
-            assert (await client.generate([5, 6], max_tokens=1)).usage.num_output_tokens == 1, "prefill alone is enough"
 
 
 async def test_every_request_ends_in_exactly_one_terminal_event(valkey: Valkey, tiny_model_dir: Path) -> None:
