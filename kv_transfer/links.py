@@ -1,0 +1,256 @@
+"""The way from a sender to one receiver: over a socket, or within the process.
+
+A remote link lives from its Hello to the first sign that the receiver is gone, and is never repaired: the next push makes a new
+one. Before that says Hello, every write of the old one has ended, as its Hello tells the receiver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import zmq.asyncio
+from google.protobuf.message import DecodeError
+from zmq.utils.monitor import parse_monitor_message
+
+from kv_transfer.identity import WorkerIdentity, host_identity
+from kv_transfer.memory import KVMemory
+from kv_transfer.protocol import LOCAL, SHM, Failure, revoked_frame
+from kv_transfer.push import Push
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sockets import LOSS_EVENTS, connected_sender
+from kv_transfer.transports import PushWriter, ShmWriter, TcpWriter
+from segue.errors import TransferError, TransferRefused
+from segue.v1 import transfer_pb2 as pb
+
+# How long the last words of a link may take to leave.
+_CLOSE_TIMEOUT_S = 1.0
+
+
+class _Link(ABC):
+    """What both kinds share: the open pushes, who gets which frame, and the renewal of leases."""
+
+    def __init__(self, transport: str, writer: PushWriter | None) -> None:
+        self.transport = transport
+        self.writer = writer
+        self._pushes: dict[int, Push] = {}
+        self._has_pushes = asyncio.Event()
+
+    @abstractmethod
+    def post(
+        self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
+    ) -> None: ...
+
+    def attach(self, push: Push) -> None:
+        self._pushes[push.ticket.ticket_id] = push
+        self._has_pushes.set()
+
+    def forget(self, push: Push) -> None:
+        self._pushes.pop(push.ticket.ticket_id, None)
+        if not self._pushes:
+            self._has_pushes.clear()
+
+    def _deliver(self, frame: pb.TransferFrame) -> None:
+        match frame.WhichOneof("message"):
+            case "opened":
+                ticket_id = frame.opened.ticket_id
+            case "receipt":
+                ticket_id = frame.receipt.ticket_id
+            case "revoke":
+                ticket_id = frame.revoke.ticket_id
+            case _:
+                return
+        if (push := self._pushes.get(ticket_id)) is not None:
+            push.on_frame(frame)
+        elif frame.HasField("revoke"):
+            # The push has ended, so nothing of it is under way.
+            self.post(revoked_frame(ticket_id))
+
+    async def _renew(self) -> None:
+        """Says, three times in each lease, which tickets are still worked on."""
+        while True:
+            await self._has_pushes.wait()
+            await asyncio.sleep(min(push.ticket.lease_ms for push in self._pushes.values()) / 3000)
+            if self._pushes:
+                self.post(pb.TransferFrame(renew=pb.Renew(ticket_ids=list(self._pushes))))
+
+    async def _abandon_all(self, reason: str) -> None:
+        for push in list(self._pushes.values()):
+            await push.abandon(reason)
+
+    async def _fail_all(self, failure: Failure) -> None:
+        """Ends all pushes; returns when none of them writes any more."""
+        pushes = list(self._pushes.values())
+        for push in pushes:
+            push.fail(failure)
+        for push in pushes:
+            await push.stopped()
+
+
+class LocalLink(_Link):
+    """To the receiver of this very process: frames are plain calls, bytes stay where they are."""
+
+    def __init__(self, receiver: KVReceiver) -> None:
+        super().__init__(LOCAL, None)
+        self._call = receiver.connect_local(self._deliver)
+        self._renewing: asyncio.Task[None] | None = None
+
+    def post(
+        self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
+    ) -> None:
+        self._call(frame)
+
+    def start(self) -> None:
+        self._renewing = asyncio.create_task(self._renew())
+
+    async def close(self) -> None:
+        await self._abandon_all("the sender was closed")
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
+
+
+class RemoteLink(_Link):
+    """To the receiver at `endpoint` in the life named by `epoch`. `start` it; `ready` is set when it can be used or failed."""
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        ticket: pb.Ticket,
+        identity: WorkerIdentity,
+        memory: KVMemory,
+        transports: Sequence[str],
+        sender_id: int,
+    ) -> None:
+        super().__init__("", None)
+        self.epoch = ticket.decode_epoch
+        self.ready = asyncio.Event()
+        self.failure: Failure | None = None
+        self._context = context
+        self._endpoint = ticket.endpoint
+        self._peer = ticket.decode_worker_id
+        self._identity = identity
+        self._memory = memory
+        self._transports = transports
+        self._sender_id = sender_id
+        self._target: KVMemory | None = None
+        self._outgoing: deque[tuple[pb.TransferFrame, Sequence[memoryview], Callable[[], bool] | None]] = deque()
+        self._has_outgoing = asyncio.Event()
+        self._has_none_outgoing = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def post(
+        self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
+    ) -> None:
+        self._outgoing.append((frame, payload, is_wanted))
+        self._has_none_outgoing.clear()
+        self._has_outgoing.set()
+
+    def start(self, after: RemoteLink | None) -> None:
+        """`after` is the link that this one replaces."""
+        self._task = asyncio.create_task(self._run(after))
+
+    async def close(self) -> None:
+        """Abandons what is open; returns when nothing of it will be written any more."""
+        if self.ready.is_set() and self.failure is None:
+            await self._abandon_all("the connection was closed")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await self._has_none_outgoing.wait()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self, after: RemoteLink | None) -> None:
+        failure = Failure(TransferError, f"the connection to {self._peer} was closed")
+        try:
+            if after is not None:
+                await after.close()
+            with connected_sender(self._context, self._endpoint) as (socket, monitor):
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._watch(monitor))
+                    await self._shake_hands(socket)
+                    self.ready.set()
+                    for work in (self._read(socket), self._write(socket), self._renew()):
+                        group.create_task(work)
+        except* TransferError as group_error:
+            error = group_error.exceptions[0]
+            failure = Failure(type(error), str(error)) if isinstance(error, TransferError) else failure
+        finally:
+            self.failure = failure
+            self.ready.set()
+            self._has_none_outgoing.set()
+            await self._fail_all(failure)
+            if self._target is not None:
+                self._target.close()
+
+    async def _shake_hands(self, socket: zmq.asyncio.Socket) -> None:
+        """Agrees on a transport. When shared memory was agreed on and cannot be opened, asks again without it."""
+        welcome = await self._greet(socket, self._transports)
+        if welcome.transport == SHM:
+            try:
+                self._target = await asyncio.to_thread(KVMemory.open, self._memory.layout, welcome.segment)
+            except TransferError as error:
+                others = [name for name in self._transports if name != SHM]
+                if not others:
+                    raise TransferRefused(error.message) from None
+                welcome = await self._greet(socket, others)
+        self.transport = welcome.transport
+        self.writer = ShmWriter(self._memory, self._target) if self._target else TcpWriter(self._memory)
+
+    async def _greet(self, socket: zmq.asyncio.Socket, transports: Sequence[str]) -> pb.Welcome:
+        identity = self._identity
+        hello = pb.Hello(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            layout_fingerprint=identity.layout_fingerprint,
+            host=host_identity(),
+            transports=transports,
+            sender_id=self._sender_id,
+        )
+        await socket.send(pb.TransferFrame(hello=hello).SerializeToString())
+        while not (frame := await _receive(socket, self._peer)).HasField("welcome"):
+            pass
+        welcome = frame.welcome
+        if welcome.refusal:
+            raise TransferRefused(welcome.refusal)
+        if (welcome.worker_id, welcome.epoch) != (self._peer, self.epoch):
+            raise TransferRefused(
+                f"the ticket is of {self._peer}, epoch {self.epoch}; "
+                f"at {self._endpoint} is {welcome.worker_id}, epoch {welcome.epoch}"
+            )
+        if welcome.transport not in transports:
+            raise TransferRefused(f"{self._peer} chose the transport {welcome.transport!r}, which was not offered")
+        return welcome
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            self._deliver(await _receive(socket, self._peer))
+
+    async def _write(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            await self._has_outgoing.wait()
+            while self._outgoing:
+                frame, payload, is_wanted = self._outgoing.popleft()
+                if is_wanted is None or is_wanted():
+                    await socket.send_multipart([frame.SerializeToString(), *payload], copy=False)
+            self._has_outgoing.clear()
+            self._has_none_outgoing.set()
+
+    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+        """Raises TransferError when the connection is lost, or was never made."""
+        while True:
+            event = parse_monitor_message(await monitor.recv_multipart())
+            if event["event"] & LOSS_EVENTS:
+                raise TransferError(f"the connection to {self._peer} at {self._endpoint} was lost")
+
+
+async def _receive(socket: zmq.asyncio.Socket, peer: str) -> pb.TransferFrame:
+    parts = await socket.recv_multipart()
+    try:
+        return pb.TransferFrame.FromString(parts[0])
+    except DecodeError:
+        raise TransferError(f"{peer} sent something that is no transfer frame") from None

@@ -1,0 +1,195 @@
+"""One transfer, seen from the prefill service: bytes go out while the prompt is still being computed.
+
+`send` may be called from any thread. Bytes are copied and checksummed on the sender's transfer thread, in the order of the
+calls; frames go out from the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from functools import partial
+from typing import Protocol
+
+from kv_transfer.memory import KVMemory
+from kv_transfer.protocol import LOCAL, Failure, SendingTicket, SendPhase
+from kv_transfer.transports import Chunk, PushWriter, checksum, plan_chunks
+from segue.errors import TransferError
+from segue.v1 import transfer_pb2 as pb
+
+
+class Link(Protocol):
+    """The way to one receiver."""
+
+    transport: str
+    # None when nothing is to be written.
+    writer: PushWriter | None
+
+    def post(
+        self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
+    ) -> None:
+        """Queues a frame. Just before it goes, `is_wanted` may still drop it."""
+
+    def attach(self, push: Push) -> None:
+        """Frames for the push's ticket go to it from now on, and its lease is renewed."""
+
+    def forget(self, push: Push) -> None: ...
+
+
+class Push:
+    """Comes from `KVSender.open`; ends by `commit` or `abandon`."""
+
+    def __init__(self, ticket: pb.Ticket, link: Link, memory: KVMemory, thread: Executor) -> None:
+        self.ticket = ticket
+        # Set when the transfer failed from outside: the receiver revoked the ticket or is gone. `commit` says which.
+        self.revoked = asyncio.Event()
+        self._state = SendingTicket(ticket.ticket_id, ticket.decode_epoch)
+        self._link = link
+        self._memory = memory
+        self._thread = thread
+        self._loop = asyncio.get_running_loop()
+        self._block_ids = tuple(ticket.block_ids)
+        self._opened = asyncio.Event()
+        self._over = asyncio.Event()
+        self._sealed = False
+        # Read by the transfer thread: once False, no further chunk is begun.
+        self._may_write = True
+        self._stopping: asyncio.Task[None] | None = None
+
+    @property
+    def transport(self) -> str:
+        return self._link.transport
+
+    @property
+    def missing_blocks(self) -> int:
+        """How many blocks of each layer the receiver waits for."""
+        return len(self._block_ids)
+
+    async def open(self) -> None:
+        """Raises TransferRefused when the receiver does not honour the ticket. When cancelled, the ticket is given back."""
+        self._link.attach(self)
+        for frame in self._state.open():
+            self._link.post(frame)
+        try:
+            await self._opened.wait()
+        finally:
+            if not self._opened.is_set():
+                self._state.abandon("opening it was given up")
+                self._begin_stop()
+        if self._state.failure is not None:
+            raise self._state.failure.error()
+
+    def send(self, layer: int, blocks: Sequence[tuple[int, int]]) -> None:
+        """Queues blocks of one layer: (source block in this worker's memory, index into the ticket's block_ids).
+
+        The source must not change until the transfer ended. Nothing happens once it failed. Raises ValueError for blocks that
+        are not there, or after `commit`.
+        """
+        if self._sealed:
+            raise ValueError(f"ticket {self.ticket.ticket_id}: send after commit")
+        if self._link.writer is None or not self._may_write:
+            return
+        layout = self._memory.layout
+        if not 0 <= layer < layout.num_layers:
+            raise ValueError(f"layer {layer} of {layout.num_layers}")
+        for source, index in blocks:
+            if not (0 <= source < self._memory.num_blocks and 0 <= index < len(self._block_ids)):
+                raise ValueError(f"block {source} of {self._memory.num_blocks} to index {index} of {len(self._block_ids)}")
+        self._thread.submit(self._write, self._link.writer, layer, tuple(blocks)).add_done_callback(self._on_written)
+
+    async def commit(self, first_token: int, source_blocks: Sequence[int] = ()) -> int:
+        """Waits until everything is out and the receiver has taken it over. Returns the bytes that travelled.
+
+        `source_blocks` are the prompt's blocks, which a receiver in this very process takes as they are. Raises the
+        TransferError that ended the transfer instead.
+        """
+        self._sealed = True
+        await self._flushed()
+        for frame in self._state.commit(first_token, source_blocks if self.transport == LOCAL else ()):
+            self._link.post(frame)
+        await self._over.wait()
+        if self._state.failure is not None:
+            raise self._state.failure.error()
+        return self._state.num_bytes
+
+    async def abandon(self, reason: str) -> bool:
+        """Gives the transfer up. When it returns, nothing of it will be written any more. False when it had ended before."""
+        was_over = self._state.is_over
+        self._sealed = True
+        if self._state.phase is not SendPhase.COMPLETE:
+            self._state.abandon(reason)
+            await asyncio.shield(self._begin_stop())
+        return not was_over
+
+    def on_frame(self, frame: pb.TransferFrame) -> None:
+        """What the receiver says of this ticket."""
+        match frame.WhichOneof("message"):
+            case "opened":
+                self._state.opened()
+                self._opened.set()
+            case "receipt":
+                self._state.receipt(frame.receipt.num_bytes)
+                if self._state.phase is SendPhase.COMPLETE:
+                    self._over.set()
+                    self._link.forget(self)
+            case "revoke":
+                self._state.revoke(Failure.from_revoke(frame.revoke))
+                self.revoked.set()
+                self._begin_stop()
+
+    def fail(self, failure: Failure) -> None:
+        """The receiver is gone, or cannot be served."""
+        if not self._state.is_over:
+            self._state.fail(failure)
+            self.revoked.set()
+            self._begin_stop()
+
+    async def stopped(self) -> None:
+        """Waits for the last write of a push that failed or was abandoned."""
+        if self._stopping is not None:
+            await asyncio.shield(self._stopping)
+
+    def _begin_stop(self) -> asyncio.Task[None]:
+        self._may_write = False
+        self._opened.set()
+        self._over.set()
+        if self._stopping is None:
+            self._stopping = self._loop.create_task(self._stop())
+        return self._stopping
+
+    async def _stop(self) -> None:
+        await self._flushed()
+        for frame in self._state.writes_stopped():
+            self._link.post(frame)
+        self._link.forget(self)
+
+    async def _flushed(self) -> None:
+        """All that was queued on the transfer thread is done, and its frames are handed to the link."""
+        await self._loop.run_in_executor(self._thread, lambda: None)
+
+    # On the transfer thread
+
+    def _write(self, writer: PushWriter, layer: int, blocks: Sequence[tuple[int, int]]) -> None:
+        for chunk in plan_chunks(layer, blocks, self._block_ids, self._memory.layout.region_bytes):
+            if not self._may_write:
+                return
+            checksums = [checksum(self._memory.region(layer, block)) for block in chunk.sources]
+            payload = writer.write(chunk)
+            self._loop.call_soon_threadsafe(self._announce, chunk, checksums, payload)
+
+    def _on_written(self, written: Future[None]) -> None:
+        if not written.cancelled() and (error := written.exception()) is not None:
+            failure = Failure(TransferError, f"ticket {self.ticket.ticket_id}: writing failed: {error!r}")
+            self._loop.call_soon_threadsafe(partial(self._break, failure))
+
+    # On the event loop
+
+    def _announce(self, chunk: Chunk, checksums: list[int], payload: list[memoryview]) -> None:
+        for frame in self._state.push(chunk.layer, chunk.indices, checksums):
+            self._link.post(frame, payload, lambda: self._state.phase is not SendPhase.FAILED)
+
+    def _break(self, failure: Failure) -> None:
+        self._state.abandon(failure.reason)
+        self.revoked.set()
+        self._begin_stop()

@@ -1,0 +1,277 @@
+"""The decode side: hands out tickets for its KV blocks, takes what is pushed, and takes blocks back safely.
+
+incoming = receiver.expect(first_block, block_ids)     the ticket travels to a prefill worker, by way of the router
+arrival = await incoming.arrival()                     or a TransferError
+incoming.accept()                                      the writer gets its receipt
+await incoming.fence()                                 in any state: from here on nothing can write to the blocks
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import zmq
+import zmq.asyncio
+from google.protobuf.message import DecodeError
+
+from kv_transfer.identity import WorkerIdentity
+from kv_transfer.incoming import Arrival, Incoming
+from kv_transfer.memory import KVMemory
+from kv_transfer.protocol import LOCAL, Failure, Frames, FreshRegion, ReceivingTicket, unknown_ticket
+from kv_transfer.sockets import bind_receiver
+from kv_transfer.transports import check_transports
+from kv_transfer.writers import Writer, Writers
+from segue.errors import ChecksumMismatch, TransferError
+from segue.v1 import transfer_pb2 as pb
+
+__all__ = ["Arrival", "Incoming", "KVReceiver"]
+
+# At least this often the receiver looks for leases that ran out and writers that went away.
+_TICK_S = 0.5
+# Pushes that were received and not yet checked; more wait in the socket, which slows their writers down.
+_MAX_UNCHECKED_PUSHES = 16
+
+
+class KVReceiver:
+    """Receives into `memory` while it is entered. `lease_ms` is how long a ticket lives without a word from its writer."""
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        memory: KVMemory,
+        *,
+        host: str,
+        transports: tuple[str, ...] = ("shm", "tcp"),
+        lease_ms: int = 10_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._identity = identity
+        self._memory = memory
+        self._host = host
+        self._transports = check_transports(transports)
+        self._lease_ms = lease_ms
+        self._clock = clock
+        self._ticket_ids = itertools.count(1)
+        self._tickets: dict[int, Incoming] = {}
+        self._slots = asyncio.Semaphore(_MAX_UNCHECKED_PUSHES)
+        self.endpoint = ""
+        self.num_bytes_received = 0
+        self.num_failed = 0
+        self.num_bad_frames = 0
+
+    async def __aenter__(self) -> Self:
+        self._context = zmq.asyncio.Context()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-receive")
+        self._socket, self.endpoint = await bind_receiver(self._context, self._host, self._memory.layout.region_bytes)
+        self._writers = Writers(self._identity, self._memory, self._transports, self._post, self._writer_died)
+        self._tasks = [asyncio.create_task(run()) for run in (self._listen, self._keep_time)]
+        for task in self._tasks:
+            task.add_done_callback(self._on_task_end)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        ends = await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail_all(Failure(TransferError, "the receiver was closed"))
+        self._writers.close()
+        self._thread.shutdown()
+        self._context.destroy(linger=0)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    def expect(self, first_block: int, block_ids: Sequence[int]) -> Incoming:
+        """A ticket to write the prompt's blocks from `first_block` on into `block_ids`."""
+        if len(set(block_ids)) != len(block_ids) or any(not 0 <= block < self._memory.num_blocks for block in block_ids):
+            raise ValueError(f"block_ids: {list(block_ids)} are not different blocks of {self._memory.num_blocks}")
+        return self._grant(self.endpoint, first_block, block_ids)
+
+    def expect_local(self, first_block: int = 0) -> Incoming:
+        """A ticket for a sender in this very process, which hands its own blocks over."""
+        return self._grant(f"{LOCAL}:", first_block, ())
+
+    def connect_local(self, on_frame: Callable[[pb.TransferFrame], None]) -> Callable[[pb.TransferFrame], None]:
+        """For a sender in this very process: takes what gets its frames, returns where it puts its own."""
+        writer = self._writers.add_local(on_frame)
+        return lambda frame: self._on_frame(writer, frame)
+
+    def _grant(self, endpoint: str, first_block: int, block_ids: Sequence[int]) -> Incoming:
+        ticket_id = next(self._ticket_ids)
+        ticket = pb.Ticket(
+            ticket_id=ticket_id,
+            decode_worker_id=self._identity.worker_id,
+            decode_epoch=self._identity.epoch,
+            endpoint=endpoint,
+            layout_fingerprint=self._identity.layout_fingerprint,
+            first_block=first_block,
+            block_ids=block_ids,
+            lease_ms=self._lease_ms,
+        )
+        layout = self._memory.layout
+        state = ReceivingTicket(
+            ticket_id, layout.num_layers, len(block_ids), layout.region_bytes, self._lease_ms / 1000, self._clock()
+        )
+        incoming = self._tickets[ticket_id] = Incoming(ticket, state, self._dispatch)
+        return incoming
+
+    # From sockets to tickets
+
+    async def _listen(self) -> None:
+        while True:
+            connection, *parts = await self._socket.recv_multipart(copy=False)
+            await self._on_message(connection.bytes, parts)
+
+    async def _on_message(self, connection: bytes, parts: Sequence[zmq.Frame]) -> None:
+        try:
+            frame = pb.TransferFrame.FromString(parts[0].bytes if parts else b"")
+        except DecodeError:
+            self.num_bad_frames += 1
+            return
+        writer = self._writers.get(connection)
+        if frame.HasField("hello"):
+            for stopped in self._writers.welcome(connection, frame.hello):
+                self._writer_died(stopped)
+        elif writer is None:
+            # Nobody that we know: a sender that we greeted in an earlier life, or no sender of ours at all.
+            self.num_bad_frames += 1
+        elif frame.HasField("push"):
+            await self._slots.acquire()
+            if not self._on_push(writer, frame.push, [part.buffer for part in parts[1:]]):
+                self._slots.release()
+        else:
+            self._on_frame(writer, frame)
+
+    def _on_frame(self, writer: Writer, frame: pb.TransferFrame) -> None:
+        kind = frame.WhichOneof("message")
+        if kind == "open":
+            self._on_open(writer, frame.open)
+        elif kind == "renew":
+            for ticket_id in frame.renew.ticket_ids:
+                self._on_ticket(writer, ticket_id, lambda state: state.renew(writer, self._clock()))
+        elif kind == "commit":
+            commit = frame.commit
+            self._on_ticket(writer, commit.ticket_id, lambda state: state.commit(writer, commit, self._clock()))
+        elif kind == "abandon":
+            abandon = frame.abandon
+            self._on_ended(writer, abandon.ticket_id, lambda state: state.abandon(writer, abandon.reason))
+        elif kind == "revoked":
+            self._on_ended(writer, frame.revoked.ticket_id, lambda state: state.revoked(writer))
+        else:
+            self.num_bad_frames += 1
+
+    def _on_open(self, writer: Writer, open_frame: pb.Open) -> None:
+        incoming = self._tickets.get(open_frame.ticket_id)
+        is_local = writer.transport == LOCAL
+        fits = incoming is not None and (incoming.ticket.endpoint == f"{LOCAL}:") == is_local
+        if fits and open_frame.decode_epoch == self._identity.epoch:
+            self._on_ticket(writer, open_frame.ticket_id, lambda state: state.open(writer, writer.transport, self._clock()))
+        else:
+            writer.post(unknown_ticket(open_frame.ticket_id))
+
+    def _on_ticket(self, writer: Writer, ticket_id: int, handle: Callable[[ReceivingTicket], Frames]) -> None:
+        incoming = self._tickets.get(ticket_id)
+        if incoming is None:
+            writer.post(unknown_ticket(ticket_id))
+        else:
+            self._dispatch(incoming, handle(incoming.state), writer)
+
+    def _on_ended(self, writer: Writer, ticket_id: int, handle: Callable[[ReceivingTicket], object]) -> None:
+        """Words that need no answer, as the writer has no more to do with the ticket."""
+        if (incoming := self._tickets.get(ticket_id)) is not None:
+            handle(incoming.state)
+            self._dispatch(incoming, [])
+
+    def _on_push(self, writer: Writer, push: pb.Push, payload: list[memoryview]) -> bool:
+        """Whether a check was started, which frees its slot when it ends."""
+        incoming = self._tickets.get(push.ticket_id)
+        if incoming is None:
+            writer.post(unknown_ticket(push.ticket_id))
+            return False
+        fresh, frames = incoming.state.push(writer, push, [part.nbytes for part in payload], self._clock())
+        self.num_bad_frames += bool(frames)
+        self._dispatch(incoming, frames, writer)
+        if not fresh:
+            return False
+        block_ids = incoming.ticket.block_ids
+        regions = [(region, block_ids[region.index]) for region in fresh]
+        checked = asyncio.get_running_loop().run_in_executor(self._thread, writer.reader.read, push.layer, regions, payload)
+        checked.add_done_callback(partial(self._on_checked, incoming, push.layer, fresh))
+        return True
+
+    def _on_checked(self, incoming: Incoming, layer: int, fresh: list[FreshRegion], checked: asyncio.Future[bool]) -> None:
+        self._slots.release()
+        ticket_id = incoming.ticket.ticket_id
+        failure = None
+        if checked.cancelled():
+            failure = Failure(TransferError, "the receiver was closed")
+        elif error := checked.exception():
+            failure = Failure(TransferError, f"what was pushed for ticket {ticket_id} could not be taken: {error}")
+        elif not checked.result():
+            failure = Failure(ChecksumMismatch, f"layer {layer} of ticket {ticket_id} arrived damaged")
+        else:
+            self.num_bytes_received += len(fresh) * incoming.state.region_bytes
+        self._dispatch(incoming, incoming.state.verified(len(fresh), failure))
+
+    def _dispatch(self, incoming: Incoming, frames: Frames, writer: Writer | None = None) -> None:
+        """After every change of a ticket: those who wait are told, a ticket that is over is forgotten, answers go out."""
+        state = incoming.state
+        self.num_failed += incoming.notice()
+        if state.is_fenced:
+            self._tickets.pop(incoming.ticket.ticket_id, None)
+        target = writer or state.writer
+        if isinstance(target, Writer):
+            for frame in frames:
+                target.post(frame)
+
+    # Time, and the end of writers
+
+    async def _keep_time(self) -> None:
+        interval_s = min(_TICK_S, self._lease_ms / 4000)
+        last_s = self._clock()
+        while True:
+            await asyncio.sleep(interval_s)
+            now_s = self._clock()
+            # When this process was held up, words that came in time are still waiting to be read.
+            was_held_up, last_s = now_s - last_s > 3 * interval_s, now_s
+            if not was_held_up:
+                for incoming in list(self._tickets.values()):
+                    self._dispatch(incoming, incoming.state.expire(now_s))
+            self._writers.tick({incoming.state.writer for incoming in self._tickets.values()})
+
+    def _post(self, connection: bytes, frame: pb.TransferFrame) -> None:
+        """Never waits: a peer that is gone, or does not even read control frames, is a lost one."""
+        sent = asyncio.ensure_future(self._socket.send_multipart([connection, frame.SerializeToString()], flags=zmq.NOBLOCK))
+        sent.add_done_callback(partial(self._on_sent, connection))
+
+    def _on_sent(self, connection: bytes, sent: asyncio.Future[object]) -> None:
+        if not sent.cancelled() and sent.exception() is not None and (writer := self._writers.lose(connection)) is not None:
+            for incoming in self._tickets_of(writer):
+                incoming.state.writer_lost()
+                self._dispatch(incoming, [])
+
+    def _writer_died(self, writer: Writer) -> None:
+        for incoming in self._tickets_of(writer):
+            incoming.state.writer_stopped()
+            self._dispatch(incoming, [])
+
+    def _tickets_of(self, writer: Writer) -> list[Incoming]:
+        return [incoming for incoming in self._tickets.values() if incoming.state.writer is writer]
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail_all(Failure(TransferError, f"the receiver broke down: {error!r}"))
+
+    def _fail_all(self, failure: Failure) -> None:
+        for incoming in list(self._tickets.values()):
+            self._dispatch(incoming, incoming.state.revoke(failure))
+            incoming.leave_open(failure)

@@ -1,0 +1,134 @@
+"""The senders that a receiver knows: which connection each has, how its bytes come, and whether it is still alive.
+
+A sender whose connection broke may live on and still write into shared memory. It is kept here until its death, or its word on
+another connection, proves that it has stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+
+from kv_transfer.identity import WorkerIdentity, host_identity
+from kv_transfer.memory import KVMemory
+from kv_transfer.process_watch import ProcessWatch
+from kv_transfer.protocol import LOCAL, SHM
+from kv_transfer.transports import PushReader, ShmReader, TcpReader, choose_transport
+from segue.v1 import transfer_pb2 as pb
+
+FrameSink = Callable[[pb.TransferFrame], None]
+
+
+@dataclass(eq=False, slots=True)
+class Writer:
+    """One connection. `watch` is there for shm alone."""
+
+    sender_id: int
+    transport: str
+    post: FrameSink
+    reader: PushReader
+    watch: ProcessWatch | None = None
+
+    def close(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
+
+
+class Writers:
+    """`post` sends a frame to a connection; `on_death` is told when the process of a shared-memory writer is gone."""
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        memory: KVMemory,
+        transports: Sequence[str],
+        post: Callable[[bytes, pb.TransferFrame], None],
+        on_death: Callable[[Writer], None],
+    ) -> None:
+        self._identity = identity
+        self._memory = memory
+        self._transports = transports
+        self._post = post
+        self._on_death = on_death
+        self._host = host_identity()
+        self._connected: dict[bytes, Writer] = {}
+        # Without a connection, but perhaps alive.
+        self._lost: list[Writer] = []
+
+    def get(self, connection: bytes) -> Writer | None:
+        return self._connected.get(connection)
+
+    def add_local(self, post: FrameSink) -> Writer:
+        return Writer(0, LOCAL, post, ShmReader(self._memory))
+
+    def welcome(self, connection: bytes, hello: pb.Hello) -> list[Writer]:
+        """Answers a Hello. Returns the writers that it says have stopped: the same sender's earlier ones."""
+        stopped = [writer for writer in self._lost if writer.sender_id == hello.sender_id]
+        stopped += [
+            writer for key, writer in self._connected.items() if key == connection or writer.sender_id == hello.sender_id
+        ]
+        self._lost = [writer for writer in self._lost if writer not in stopped]
+        self._connected = {key: writer for key, writer in self._connected.items() if writer not in stopped}
+        for writer in stopped:
+            writer.close()
+        self._post(connection, pb.TransferFrame(welcome=self._answer(connection, hello)))
+        return stopped
+
+    def lose(self, connection: bytes) -> Writer | None:
+        """The connection is gone. Returns its writer, if it had one."""
+        writer = self._connected.pop(connection, None)
+        if writer is not None and writer.transport == SHM:
+            self._lost.append(writer)
+        return writer
+
+    def tick(self, busy: Container[object]) -> None:
+        """Finds out which connections are gone, and forgets lost writers that have no ticket (are not among `busy`)."""
+        for connection in list(self._connected):
+            self._post(connection, pb.TransferFrame(ping=pb.Ping()))
+        for writer in [writer for writer in self._lost if writer not in busy]:
+            writer.close()
+            self._lost.remove(writer)
+
+    def close(self) -> None:
+        for writer in [*self._connected.values(), *self._lost]:
+            writer.close()
+
+    def _answer(self, connection: bytes, hello: pb.Hello) -> pb.Welcome:
+        welcome = pb.Welcome(worker_id=self._identity.worker_id, epoch=self._identity.epoch)
+        if hello.layout_fingerprint != self._identity.layout_fingerprint:
+            welcome.refusal = f"{hello.worker_id} and {self._identity.worker_id} have different KV layouts or models"
+            return welcome
+        transport = choose_transport(hello, self._host, self._transports)
+        writer = self._make_writer(connection, hello, transport) if transport else None
+        if writer is None and transport == SHM:
+            transport = choose_transport(hello, self._host, [name for name in self._transports if name != SHM])
+            writer = self._make_writer(connection, hello, transport) if transport else None
+        if writer is None:
+            offered, accepted = ", ".join(hello.transports) or "none", ", ".join(self._transports)
+            welcome.refusal = f"no transport works between the two: {offered} offered, {accepted} accepted"
+            return welcome
+        self._connected[connection] = writer
+        welcome.transport = writer.transport
+        if writer.transport == SHM:
+            welcome.segment.CopyFrom(self._memory.segment)
+        return welcome
+
+    def _make_writer(self, connection: bytes, hello: pb.Hello, transport: str) -> Writer | None:
+        """None when the process cannot be watched, without which shared memory could not be taken back from it."""
+
+        def post(frame: pb.TransferFrame) -> None:
+            self._post(connection, frame)
+
+        if transport != SHM:
+            return Writer(hello.sender_id, transport, post, TcpReader(self._memory))
+        writer = Writer(hello.sender_id, transport, post, ShmReader(self._memory))
+        try:
+            writer.watch = ProcessWatch(hello.host.pid, hello.host.pid_start_time, lambda: self._process_ended(writer))
+        except OSError:
+            return None
+        return writer
+
+    def _process_ended(self, writer: Writer) -> None:
+        self._lost = [lost for lost in self._lost if lost is not writer]
+        self._connected = {key: other for key, other in self._connected.items() if other is not writer}
+        self._on_death(writer)
