@@ -1,3 +1,5 @@
+import asyncio
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -24,6 +26,10 @@ class DecodeBatchMachine(RuleBasedStateMachine):
         self.pool = BlockPool(NUM_BLOCKS)
         self.batch = DecodeBatch(self.pool, LAYOUT, max_sequences=4, max_step_tokens=5)
         self.jobs: list[DecodeJob] = []
+        self.loop = asyncio.new_event_loop()
+
+    def teardown(self) -> None:
+        self.loop.close()
 
     @rule(num_prompt=st.integers(1, 6), max_tokens=st.integers(2, 10))
     def arrive(self, num_prompt: int, max_tokens: int) -> None:
@@ -35,9 +41,16 @@ class DecodeBatchMachine(RuleBasedStateMachine):
         sequence.num_computed = num_prompt
         sequence.append(GeneratedToken(7))
         hashes = block_hashes(tokens[:num_prompt], BLOCK_SIZE)
-        job = DecodeJob.__new__(DecodeJob)
-        job.key, job.link, job.sequence, job.is_local = pb.SequenceKey(), RouterLink("r"), sequence, False
-        job.block_hashes, job.num_published_blocks = hashes, lease.num_cached
+        job = DecodeJob(
+            key=pb.SequenceKey(),
+            link=RouterLink("r"),
+            sequence=sequence,
+            is_local=False,
+            block_hashes=hashes,
+            num_published_blocks=lease.num_cached,
+            admitted=self.loop.create_future(),
+            finished=self.loop.create_future(),
+        )
         self.batch.publish(job)
         self.batch.add(job)
         self.jobs.append(job)
