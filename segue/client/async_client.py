@@ -1,0 +1,211 @@
+"""The asyncio client. Belongs to the event loop that it was made in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from segue.client import status as status_types
+from segue.client.channel import CHANNEL_OPTIONS, CONTROL_TIMEOUT_S, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, READY_TIMEOUT_S
+from segue.client.events import Completed, Event, Output, event_from_pb
+from segue.client.failures import failure_from_rpc
+from segue.client.requests import GenerateOptions, Prompt, generate_request, tokenize_request
+from segue.client.results import Generation, GenerationBuilder
+from segue.client.retry import Attempts, ReadinessWait, RetryPolicy
+from segue.errors import InternalError, NoWorker, RequestCancelled, Unavailable
+from segue.v1 import inference_pb2 as pb
+from segue.v1.inference_pb2_grpc import InferenceServiceStub
+
+if TYPE_CHECKING:
+    from segue.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+
+
+class AsyncClient:
+    """A connection to one router of a cluster, made when it is first needed. Create it inside a running event loop.
+
+    >>> async with AsyncClient() as client:
+    ...     async for event in client.stream("The capital of France is", max_tokens=8):
+    ...         print(event)
+
+    Timeouts, retries and errors are those of `Client`.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        # Without one gRPC would bind itself to a loop that never runs.
+        asyncio.get_running_loop()
+        self.address = address
+        self._timeout_s = timeout_s
+        self._retry = retry
+        self._sleep = sleep
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = InferenceServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends every call that is still under way, and the connection."""
+        await self._channel.close()
+
+    async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
+        """The whole answer to `prompt`: text (continued as it stands), token ids, or the messages of a chat."""
+        answer = GenerationBuilder()
+        async with self.stream(prompt, **options) as stream:
+            async for event in stream:
+                answer.add(event)
+        return answer.build()
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncGenerationStream:
+        """The same request as `generate`, its events as they come. It is sent when the iteration begins."""
+        request = generate_request(prompt, options)
+        attempts = Attempts(self._retry, options.get("timeout_s", self._timeout_s))
+        return AsyncGenerationStream(self._stub, request, attempts, address=self.address, sleep=self._sleep)
+
+    async def tokenize(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        *,
+        model: str | None = None,
+        timeout_s: float | None = CONTROL_TIMEOUT_S,
+    ) -> status_types.Tokenization:
+        """The token ids that `generate` would use for this text or chat."""
+        response = await self._call(self._stub.Tokenize, tokenize_request(prompt, model), timeout_s)
+        return status_types.tokenization_from_pb(response)
+
+    async def models(self, *, timeout_s: float | None = CONTROL_TIMEOUT_S) -> tuple[status_types.ModelInfo, ...]:
+        """The models that the cluster serves."""
+        return status_types.models_from_pb(await self._call(self._stub.ListModels, pb.ListModelsRequest(), timeout_s))
+
+    async def status(self, *, timeout_s: float | None = CONTROL_TIMEOUT_S) -> status_types.ClusterStatus:
+        """Workers, their roles, load and KV cache, as the router sees them now."""
+        return status_types.status_from_pb(
+            await self._call(self._stub.GetClusterStatus, pb.GetClusterStatusRequest(), timeout_s)
+        )
+
+    async def wait_ready(self, *, timeout_s: float | None = READY_TIMEOUT_S) -> status_types.ClusterStatus:
+        """Waits until the cluster has a ready worker for each role. After `timeout_s` raises what is still missing:
+        Unreachable or NoWorker."""
+        wait = ReadinessWait(timeout_s)
+        while True:
+            try:
+                status = await self.status()
+            except Unavailable as error:
+                await self._sleep(wait.pause_s(error))
+                continue
+            if not status.missing_roles:
+                return status
+            await self._sleep(wait.pause_s(NoWorker(f"no ready worker for: {', '.join(status.missing_roles)}")))
+
+    async def _call(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout_s: float | None
+    ) -> Response:
+        attempts = Attempts(self._retry, timeout_s)
+        while True:
+            try:
+                return await method(request, timeout=attempts.begin())
+            except grpc.RpcError as error:
+                pause_s = attempts.pause_s(failure_from_rpc(error, self.address))
+            await self._sleep(pause_s)
+
+
+class AsyncGenerationStream:
+    """The events of one request: Started, Outputs, Completed. Iterate over it once.
+
+    Leaving the loop early cancels the request, as does `cancel()` (the reader gets RequestCancelled), cancelling the task
+    that reads, and leaving the `async with` block.
+    """
+
+    def __init__(
+        self,
+        stub: InferenceServiceAsyncStub,
+        request: pb.GenerateRequest,
+        attempts: Attempts,
+        *,
+        address: str,
+        sleep: Callable[[float], Awaitable[None]],
+    ) -> None:
+        self._stub = stub
+        self._request = request
+        self._attempts = attempts
+        self._address = address
+        self._sleep = sleep
+        self._call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse] | None = None
+        self._cancelled = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Ends the request and frees all it holds in the cluster. Does nothing once the request is over."""
+        self._cancelled = True
+        if self._call is not None:
+            self._call.cancel()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        if self._call is not None:
+            raise RuntimeError("a stream can be iterated over once")
+        return self._events()
+
+    async def _events(self) -> AsyncGenerator[Event, None]:
+        while not self._cancelled:
+            try:
+                async with aclosing(self._attempt()) as events:
+                    async for event in events:
+                        yield event
+                return
+            except grpc.RpcError as error:
+                pause_s = self._attempts.pause_s(failure_from_rpc(error, self._address))
+            except asyncio.CancelledError:
+                if _is_task_cancelled():
+                    raise
+                break
+            await self._sleep(pause_s)
+        raise RequestCancelled("the stream was cancelled, or its client closed")
+
+    async def _attempt(self) -> AsyncGenerator[Event, None]:
+        call = self._call = self._stub.Generate(self._request, timeout=self._attempts.begin())
+        try:
+            async for message in call:
+                event = event_from_pb(message)
+                if isinstance(event, Output):
+                    self._attempts.output_began()
+                if event is not None:
+                    yield event
+                if isinstance(event, Completed):
+                    return
+            raise InternalError("the router ended the stream before it completed the request")
+        finally:
+            call.cancel()
+
+
+def _is_task_cancelled() -> bool:
+    """Tells the reader's own cancellation from that of its call: gRPC raises CancelledError for both."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

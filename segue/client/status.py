@@ -1,0 +1,111 @@
+"""What a cluster says of itself: models, workers, their load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from segue.client.events import copy_fields
+from segue.v1 import inference_pb2 as pb
+
+NEEDED_ROLES = ("prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    token_ids: tuple[int, ...]
+    # The length of the model's context, in tokens.
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    id: str
+    max_context: int
+    vocab_size: int
+    # Unix time at which the router began to serve it.
+    created_unix_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """free + leased + cached blocks == total blocks, always."""
+
+    waiting_requests: int
+    running_requests: int
+    # Prompt tokens accepted and not yet computed.
+    queued_tokens: int
+    free_blocks: int
+    leased_blocks: int
+    cached_blocks: int
+    total_blocks: int
+    # Tokens in one block.
+    block_size: int
+    # Sums since the worker started.
+    prefilled_tokens: int
+    decoded_tokens: int
+    prefix_hit_tokens: int
+    transferred_bytes: int
+    failed_transfers: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    worker_id: str
+    # Grows each time a worker of this name starts.
+    epoch: int
+    roles: tuple[str, ...]
+    # ready, draining or lost.
+    state: str
+    address: str
+    pid: int
+    host: str
+    load: WorkerLoad
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    model: str
+    workers: tuple[WorkerStatus, ...]
+    # Requests that the router holds now.
+    active_requests: int
+    # False while the membership store cannot be reached: `workers` is then the last list known.
+    membership_fresh: bool
+    version: str
+
+    @property
+    def missing_roles(self) -> tuple[str, ...]:
+        """Roles that no ready worker has; empty when the cluster can serve."""
+        present = {role for worker in self.workers if worker.state == "ready" for role in worker.roles}
+        return tuple(role for role in NEEDED_ROLES if role not in present)
+
+
+def tokenization_from_pb(message: pb.TokenizeResponse) -> Tokenization:
+    return Tokenization(tuple(message.token_ids), message.max_context)
+
+
+def models_from_pb(message: pb.ListModelsResponse) -> tuple[ModelInfo, ...]:
+    return tuple(copy_fields(ModelInfo, model) for model in message.models)
+
+
+def status_from_pb(message: pb.GetClusterStatusResponse) -> ClusterStatus:
+    return ClusterStatus(
+        model=message.model,
+        workers=tuple(map(_worker_from_pb, message.workers)),
+        active_requests=message.active_requests,
+        membership_fresh=message.membership_fresh,
+        version=message.version,
+    )
+
+
+def _worker_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
+    return WorkerStatus(
+        worker_id=message.worker_id,
+        epoch=message.epoch,
+        roles=tuple(message.roles),
+        state=message.state,
+        address=message.address,
+        pid=message.pid,
+        host=message.host,
+        load=copy_fields(WorkerLoad, message.load),
+    )
