@@ -103,11 +103,12 @@ class BlockPool:
         if self._published.setdefault(block_hash, block) == block:
             self._hashes[block] = block_hash
 
-    def share(self, lease: Lease) -> Lease:
-        """A second lease on the same blocks, released on its own."""
-        self._require_held(lease)
-        self._hold(lease.block_ids)
-        return Lease(list(lease.block_ids), lease.num_cached)
+    def share(self, block_ids: Sequence[int]) -> Lease:
+        """Another lease on blocks that somebody holds now, released on its own."""
+        if not all(self._num_holders[block] for block in block_ids):
+            raise InternalError("only leased blocks can be shared")
+        self._hold(block_ids)
+        return Lease(list(block_ids), num_cached=0)
 
     def release(self, lease: Lease) -> None:
         """Raises InternalError when the lease was released before."""

@@ -39,8 +39,10 @@ def make_prompts() -> list[list[int]]:
 
 
 async def answers(client: AsyncClient, options: GenerateOptions, *, together: bool) -> list[tuple[int, ...]]:
-    calls = [client.generate(prompt, **options) for prompt in make_prompts()]
-    results = await asyncio.gather(*calls) if together else [await call for call in calls]
+    if together:
+        results = await asyncio.gather(*(client.generate(prompt, **options) for prompt in make_prompts()))
+    else:
+        results = [await client.generate(prompt, **options) for prompt in make_prompts()]
     return [result.token_ids for result in results]
 
 
