@@ -1,0 +1,138 @@
+"""The router's front as one thing: both APIs, bound to their ports for as long as the `async with` block runs.
+
+On leaving: /ready says no → neither port takes new connections or calls → running requests may finish, up to a limit → the
+rest are cancelled, which frees what they hold on the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+import grpc.aio
+from aiohttp import web
+
+from router.grpc_api import add_services, server_options
+from router.metrics import Metrics
+from router.openai.http import build_application
+from router.options import ModelLimits
+from router.readiness import Readiness
+from router.sequence import SequenceServer
+from router.service import Service
+from router.text import Tokenizer
+from segue.config import RouterSettings
+from segue.errors import ConfigError, ModelFileError
+from segue.models.config import ModelConfig
+
+SHUTDOWN_GRACE_S = 10.0
+# Keep-alive connections that a client leaves open are closed by it first: a proxy's usual limit is 60 s.
+_KEEPALIVE_S = 75.0
+
+
+class Front:
+    """Addresses are known once the block was entered."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        tokenizer: Tokenizer,
+        model_config: ModelConfig,
+        server: SequenceServer,
+        *,
+        shutdown_grace_s: float = SHUTDOWN_GRACE_S,
+    ) -> None:
+        """Raises ModelFileError when the tokenizer makes tokens that the model does not have."""
+        if tokenizer.num_token_ids > model_config.vocab_size:
+            raise ModelFileError(
+                f"{settings.model_dir}: tokenizer.json has token ids up to {tokenizer.num_token_ids - 1}, "
+                f"config.json a vocab_size of {model_config.vocab_size}"
+            )
+        self._settings = settings
+        self._shutdown_grace_s = shutdown_grace_s
+        self._exits = AsyncExitStack()
+        self._http_port = self._grpc_port = 0
+        self.metrics = Metrics(server)
+        self.readiness = Readiness(
+            server, model_config.bos_token_id or 0, lambda: self.metrics.last_decoded_s, self.metrics.clock
+        )
+        self._service = Service(
+            model_name=settings.model_name,
+            tokenizer=tokenizer,
+            limits=ModelLimits(model_config.max_context, model_config.vocab_size, model_config.eos_token_ids),
+            server=server,
+            metrics=self.metrics,
+            readiness=self.readiness,
+            created_unix_s=int(time.time()),
+            max_body=settings.max_body,
+            stall_limit_s=settings.request_timeout_s,
+        )
+
+    @property
+    def http_address(self) -> str:
+        return _address(self._settings.host, self._http_port)
+
+    @property
+    def grpc_address(self) -> str:
+        return _address(self._settings.host, self._grpc_port)
+
+    async def __aenter__(self) -> Self:
+        """Raises ConfigError naming the setting when a port cannot be had."""
+        async with AsyncExitStack() as exits:
+            await exits.enter_async_context(self.readiness)
+            http, grpc_server = await self._start_http(exits), await self._start_grpc(exits)
+            exits.push_async_callback(self._stop, http, grpc_server)
+            self._exits = exits.pop_all()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._exits.aclose()
+
+    async def _start_http(self, exits: AsyncExitStack) -> web.AppRunner:
+        runner = web.AppRunner(
+            build_application(self._service),
+            handler_cancellation=True,
+            shutdown_timeout=self._shutdown_grace_s,
+            keepalive_timeout=_KEEPALIVE_S,
+            access_log=None,
+        )
+        await runner.setup()
+        exits.push_async_callback(runner.cleanup)
+        host, port = self._settings.host, self._settings.http_port
+        try:
+            await web.TCPSite(runner, host, port, reuse_address=True).start()
+        except OSError as error:
+            raise _cannot_listen(host, port, "http_port", in_use=error.errno == errno.EADDRINUSE, why=str(error)) from None
+        self._http_port = runner.addresses[0][1]
+        return runner
+
+    async def _start_grpc(self, exits: AsyncExitStack) -> grpc.aio.Server:
+        server = grpc.aio.server(options=server_options(self._settings.max_body))
+        add_services(server, self._service)
+        host, port = self._settings.host, self._settings.grpc_port
+        try:
+            self._grpc_port = server.add_insecure_port(_address(host, port))
+        except RuntimeError as error:
+            raise _cannot_listen(host, port, "grpc_port", in_use="in use" in str(error), why=str(error)) from None
+        await server.start()
+        exits.push_async_callback(server.stop, None)
+        return server
+
+    async def _stop(self, http: web.AppRunner, grpc_server: grpc.aio.Server) -> None:
+        self.readiness.drain()
+        await asyncio.gather(grpc_server.stop(self._shutdown_grace_s), http.cleanup())
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _cannot_listen(host: str, port: int, setting: str, *, in_use: bool, why: str) -> ConfigError:
+    flag = "--" + setting.replace("_", "-")
+    problem = f"port {port} is in use on {host}" if in_use else f"cannot listen on {_address(host, port)}: {why}"
+    return ConfigError(f"{problem}; set {flag} to another port, or 0 for any free one", field=setting)

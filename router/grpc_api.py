@@ -1,0 +1,200 @@
+"""segue.v1.InferenceService on the router's front, with grpc.health.v1 and reflection.
+
+Methods are registered with their raw bytes: a request that does not parse (text that is not UTF-8, say) is then answered
+like any other bad request, and not with gRPC's own INTERNAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+from grpc_reflection.v1alpha import reflection
+
+from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
+from router.grpc_health import HEALTH_SERVICE_NAME, add_health
+from router.grpc_options import options_from_pb
+from router.options import GenerationSpec
+from router.service import Service, new_request_id
+from router.text import ChatMessage
+from segue.errors import InternalError, InvalidRequest, SegueError
+from segue.v1 import inference_pb2 as pb
+from segue.wire import finish_reason_to_pb, token_to_pb
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+_Context = grpc.aio.ServicerContext[bytes, bytes]
+_Request = TypeVar("_Request", bound=Message)
+_API = "grpc"
+
+
+def server_options(max_body: int) -> list[tuple[str, int]]:
+    """Channel options for the server. Without so_reuseport=0 a port in use would be shared without a word."""
+    return [
+        ("grpc.max_receive_message_length", max_body),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def add_services(server: grpc.aio.Server, service: Service) -> None:
+    """Adds the public API, health and reflection."""
+    servicer = InferenceServicer(service)
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "Generate": grpc.unary_stream_rpc_method_handler(servicer.generate),
+        "Tokenize": grpc.unary_unary_rpc_method_handler(_unary(servicer.tokenize)),
+        "ListModels": grpc.unary_unary_rpc_method_handler(_unary(servicer.list_models)),
+        "GetClusterStatus": grpc.unary_unary_rpc_method_handler(_unary(servicer.get_cluster_status)),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, methods),))
+    add_health(server, SERVICE_NAME, service.readiness)
+    reflection.enable_server_reflection((SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+
+class InferenceServicer:
+    """One method for each rpc; requests and responses are serialized messages."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def generate(self, data: bytes, context: _Context) -> None:
+        async with _errors_abort(context):
+            with self._service.metrics.track(_API) as meter:
+                spec = await self._plan(_parse(pb.GenerateRequest, data))
+                await self._send(context, self._started(spec))
+                async with aclosing(self._service.generate(spec)) as events:
+                    async for event in events:
+                        meter.see(event)
+                        await self._send(context, event_to_pb(event))
+
+    async def tokenize(self, data: bytes) -> bytes:
+        request = _parse(pb.TokenizeRequest, data)
+        self._check_model(request.model)
+        kind = request.WhichOneof("input")
+        if kind is None:
+            raise InvalidRequest("input", "is missing; give text or chat")
+        token_ids = await (self._encode_chat(request.chat) if kind == "chat" else self._service.encode_text(request.text))
+        return pb.TokenizeResponse(token_ids=token_ids, max_context=self._service.limits.max_context).SerializeToString()
+
+    async def list_models(self, data: bytes) -> bytes:
+        _parse(pb.ListModelsRequest, data)
+        limits = self._service.limits
+        model = pb.Model(
+            id=self._service.model_name,
+            max_context=limits.max_context,
+            vocab_size=limits.vocab_size,
+            created_unix_s=self._service.created_unix_s,
+        )
+        return pb.ListModelsResponse(models=[model]).SerializeToString()
+
+    async def get_cluster_status(self, data: bytes) -> bytes:
+        _parse(pb.GetClusterStatusRequest, data)
+        return self._service.server.status().SerializeToString()
+
+    async def _plan(self, request: pb.GenerateRequest) -> GenerationSpec:
+        self._check_model(request.model)
+        kind = request.WhichOneof("prompt")
+        if kind is None:
+            raise InvalidRequest("prompt", "is missing; give text, token_ids or chat")
+        options = options_from_pb(request)
+        names = {"prompt": kind, "logprobs": "num_logprobs"}
+        token_ids = await self._prompt_token_ids(request)
+        return self._service.build_spec(new_request_id(), token_ids, options, names, continues_text=kind != "chat")
+
+    async def _prompt_token_ids(self, request: pb.GenerateRequest) -> list[int]:
+        if request.HasField("token_ids"):
+            return list(request.token_ids.ids)
+        if request.HasField("chat"):
+            return await self._encode_chat(request.chat)
+        return await self._service.encode_text(request.text)
+
+    async def _encode_chat(self, chat: pb.Chat) -> list[int]:
+        if not chat.messages:
+            raise InvalidRequest("chat", "has no messages")
+        for message in chat.messages:
+            if message.role not in {"system", "user", "assistant"}:
+                raise InvalidRequest("role", f"must be system, user or assistant, not {message.role!r}")
+        return await self._service.encode_chat([ChatMessage(message.role, message.content) for message in chat.messages])
+
+    def _check_model(self, name: str) -> None:
+        if name:
+            self._service.check_model(name)
+
+    def _started(self, spec: GenerationSpec) -> pb.GenerateResponse:
+        return pb.GenerateResponse(
+            started=pb.Started(
+                request_id=spec.request_id, model=self._service.model_name, num_prompt_tokens=len(spec.prompt_token_ids)
+            )
+        )
+
+    async def _send(self, context: _Context, response: pb.GenerateResponse) -> None:
+        async with self._service.client_reads():
+            await context.write(response.SerializeToString())
+
+
+def event_to_pb(event: GenerationEvent) -> pb.GenerateResponse:
+    if isinstance(event, GenerationDone):
+        return pb.GenerateResponse(
+            completed=pb.Completed(
+                num_prompt_tokens=event.num_prompt_tokens,
+                num_output_tokens=event.num_output_tokens,
+                paths=[path.to_pb() for path in event.paths],
+            )
+        )
+    return pb.GenerateResponse(output=_output_to_pb(event))
+
+
+def _output_to_pb(output: ChoiceOutput) -> pb.Output:
+    return pb.Output(
+        choice=output.choice,
+        text=output.text,
+        tokens=[token_to_pb(token) for token in output.tokens],
+        finish_reason=finish_reason_to_pb(output.finish_reason),
+    )
+
+
+def _parse(message_class: type[_Request], data: bytes) -> _Request:
+    try:
+        return message_class.FromString(data)
+    except DecodeError as error:
+        name = message_class.DESCRIPTOR.name
+        raise InvalidRequest("request", f"is not a valid {name} (text must be UTF-8): {error}") from None
+
+
+def _unary(method: Callable[[bytes], Awaitable[bytes]]) -> Callable[[bytes, _Context], Awaitable[bytes]]:
+    async def handle(data: bytes, context: _Context) -> bytes:
+        async with _errors_abort(context):
+            return await method(data)
+        raise AssertionError("an aborted call has already left")
+
+    return handle
+
+
+@asynccontextmanager
+async def _errors_abort(context: _Context) -> AsyncIterator[None]:
+    """Ends the call with the error's status; the trailing metadata says more, as inference.proto tells."""
+    try:
+        yield
+    except SegueError as error:
+        await _abort(context, error)
+    except (asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception:
+        # A defect of ours: the client gets a well-formed answer, the log the trace.
+        logger.exception("a gRPC call failed")
+        await _abort(context, InternalError("internal error; the router's log says more"))
+
+
+async def _abort(context: _Context, error: SegueError) -> None:
+    metadata = [("segue-error-code", error.code), ("segue-error-retryable", str(error.retryable).lower())]
+    if error.field is not None:
+        metadata.append(("segue-error-field", error.field))
+    await context.abort(error.grpc_status, error.message, tuple(metadata))

@@ -1,0 +1,165 @@
+"""The JSON of answers, for both endpoints, streamed and whole. Nothing here waits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from router.generation import ChoiceOutput, GenerationDone
+from router.openai.logprobs import ChatLogprobs, CompletionLogprobs
+from router.options import GenerationSpec
+from router.text import Tokenizer
+
+
+class _ChatChoice:
+    """One choice of a chat completion, read output by output."""
+
+    logprobs_class = ChatLogprobs
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._has_begun = False
+
+    def chunk(self, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+        delta = {} if self._has_begun else {"role": "assistant", "content": ""}
+        if text:
+            delta["content"] = text
+        self._has_begun = True
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def whole(self, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": self._index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+class _CompletionChoice:
+    """One choice of a text completion. A chunk and the whole look the same."""
+
+    logprobs_class = CompletionLogprobs
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def chunk(self, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    whole = chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Names that differ between the two endpoints."""
+
+    api: str
+    id_prefix: str
+    object_name: str
+    chunk_object_name: str
+    choice_class: type[_ChatChoice | _CompletionChoice]
+
+
+CHAT = Endpoint("chat", "chatcmpl", "chat.completion", "chat.completion.chunk", _ChatChoice)
+COMPLETION = Endpoint("completions", "cmpl", "text_completion", "text_completion", _CompletionChoice)
+
+
+class _ChoiceRecord:
+    """All that was seen of one choice."""
+
+    def __init__(self, endpoint: Endpoint, index: int, tokenizer: Tokenizer, spec: GenerationSpec) -> None:
+        self._choice = endpoint.choice_class(index)
+        wants_logprobs = spec.sampling.num_logprobs is not None
+        self._logprobs = self._choice.logprobs_class(tokenizer, spec) if wants_logprobs else None
+        self._texts: list[str] = []
+        self._parts: list[dict[str, Any]] = []
+        self._finish_reason: str | None = None
+
+    def chunk(self, output: ChoiceOutput) -> dict[str, Any] | None:
+        """The choice's part of a streamed chunk; None when there is nothing to say yet."""
+        if not output.text and output.finish_reason is None and self._logprobs is None:
+            return None
+        logprobs = None if self._logprobs is None else self._logprobs.read(output)
+        return self._choice.chunk(output.text, logprobs, output.finish_reason and output.finish_reason.value)
+
+    def add(self, output: ChoiceOutput) -> None:
+        self._texts.append(output.text)
+        if self._logprobs is not None:
+            self._parts.append(self._logprobs.read(output))
+        if output.finish_reason is not None:
+            self._finish_reason = output.finish_reason.value
+
+    def whole(self) -> dict[str, Any]:
+        logprobs = None if self._logprobs is None else self._logprobs.join(self._parts)
+        return self._choice.whole("".join(self._texts), logprobs, self._finish_reason)
+
+
+class Answer:
+    """Builds the answer to one request, whole (`add`, then `whole`) or in chunks (`chunk`, then `usage_chunk`)."""
+
+    fingerprint: ClassVar[str] = "segue"
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        request_id: str,
+        model: str,
+        created_unix_s: int,
+        specs: Sequence[GenerationSpec],
+        tokenizer: Tokenizer,
+    ) -> None:
+        """`specs`: one for each prompt. Choices are numbered through: those of the first prompt, of the second, and so on."""
+        self._endpoint = endpoint
+        self._envelope = {
+            "id": f"{endpoint.id_prefix}-{request_id.removeprefix('req_')}",
+            "created": created_unix_s,
+            "model": model,
+            "system_fingerprint": self.fingerprint,
+        }
+        self._records = {
+            (prompt, choice): _ChoiceRecord(endpoint, prompt * spec.num_choices + choice, tokenizer, spec)
+            for prompt, spec in enumerate(specs)
+            for choice in range(spec.num_choices)
+        }
+        self._done: list[GenerationDone] = []
+
+    def add(self, prompt: int, event: ChoiceOutput | GenerationDone) -> None:
+        if isinstance(event, GenerationDone):
+            self._done.append(event)
+        else:
+            self._records[prompt, event.choice].add(event)
+
+    def whole(self) -> dict[str, Any]:
+        choices = [record.whole() for record in self._records.values()]
+        return self._envelope | {"object": self._endpoint.object_name, "choices": choices, "usage": self._usage()}
+
+    def chunk(self, prompt: int, event: ChoiceOutput | GenerationDone, *, usage_follows: bool) -> dict[str, Any] | None:
+        """One chunk; None when this event shows nothing. `usage_follows`: the client asked for a last chunk with usage."""
+        if isinstance(event, GenerationDone):
+            self._done.append(event)
+            return None
+        choice = self._records[prompt, event.choice].chunk(event)
+        if choice is None:
+            return None
+        chunk = self._envelope | {"object": self._endpoint.chunk_object_name, "choices": [choice]}
+        return chunk | {"usage": None} if usage_follows else chunk
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return self._envelope | {"object": self._endpoint.chunk_object_name, "choices": [], "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        num_prompt = sum(done.num_prompt_tokens for done in self._done)
+        num_output = sum(done.num_output_tokens for done in self._done)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": sum(done.num_cached_tokens for done in self._done)},
+        }
+
+
+def sse(payload: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+SSE_DONE = b"data: [DONE]\n\n"

@@ -1,0 +1,69 @@
+"""Server-sent events. Nothing is sent before the first event is there, so that a request which fails at once gets its status;
+an error after that goes into the stream, which then ends without [DONE]."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from aiohttp import web
+
+from router.generation import GenerationEvent
+from router.metrics import RequestMeter
+from router.openai.errors import STREAM_STARTED, error_body
+from router.openai.responses import SSE_DONE, Answer, sse
+from router.service import Service
+from segue.errors import RequestCancelled, SegueError
+
+_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+NumberedEvents = AsyncGenerator[tuple[int, GenerationEvent], None]
+
+
+async def stream_answer(
+    service: Service,
+    request: web.Request,
+    answer: Answer,
+    events: NumberedEvents,
+    meter: RequestMeter,
+    *,
+    include_usage: bool,
+) -> web.StreamResponse:
+    """Raises the SegueError of a request that fails before its first output."""
+    response = web.StreamResponse(headers=_HEADERS)
+    try:
+        async for data in _chunks(answer, events, include_usage=include_usage):
+            await _send(service, request, response, data)
+        await _send(service, request, response, SSE_DONE)
+    except RequestCancelled:
+        raise
+    except SegueError as error:
+        if not response.prepared:
+            raise
+        meter.outcome = error.code
+        await _send(service, request, response, sse(error_body(error)))
+    await response.write_eof()
+    return response
+
+
+async def _chunks(answer: Answer, events: NumberedEvents, *, include_usage: bool) -> AsyncIterator[bytes]:
+    async for prompt, event in events:
+        if (chunk := answer.chunk(prompt, event, usage_follows=include_usage)) is not None:
+            yield sse(chunk)
+    if include_usage:
+        yield sse(answer.usage_chunk())
+
+
+async def _send(service: Service, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    """Raises RequestCancelled when the client is gone, or reads nothing for too long; its connection is cut then."""
+    try:
+        async with service.client_reads():
+            if not response.prepared:
+                request[STREAM_STARTED] = True
+                await response.prepare(request)
+            await response.write(data)
+    except ConnectionError:
+        raise RequestCancelled("the client closed the connection") from None
+    except RequestCancelled:
+        if request.transport is not None:
+            request.transport.abort()
+        raise

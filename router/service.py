@@ -1,0 +1,88 @@
+"""What both APIs stand on: one model, its text side, the core, and the account of what happens."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from router.generation import GenerationEvent, generate
+from router.metrics import Metrics
+from router.options import GenerationOptions, GenerationSpec, ModelLimits, build_spec
+from router.readiness import Readiness
+from router.sequence import SequenceServer
+from router.text import ChatMessage, Tokenizer
+from segue.errors import ModelNotFound, RequestCancelled
+
+# Shorter texts are encoded faster than a thread is woken.
+_INLINE_CHARACTERS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """`created_unix_s`: when this router began to serve. `max_body`: bytes of the largest request taken."""
+
+    model_name: str
+    tokenizer: Tokenizer
+    limits: ModelLimits
+    server: SequenceServer
+    metrics: Metrics
+    readiness: Readiness
+    created_unix_s: int
+    max_body: int
+    # How long a client may leave the stream unread before its request is ended.
+    stall_limit_s: float
+
+    def check_model(self, name: str) -> None:
+        """Raises ModelNotFound unless `name` is the model served here."""
+        if name != self.model_name:
+            raise ModelNotFound(f"model: {name!r} is not served here; {self.model_name!r} is", field="model")
+
+    async def encode_text(self, text: str) -> list[int]:
+        if len(text) <= _INLINE_CHARACTERS:
+            return self.tokenizer.encode(text)
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
+    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        if sum(len(message.content) for message in messages) <= _INLINE_CHARACTERS:
+            return self.tokenizer.encode_chat(messages)
+        return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+
+    def build_spec(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        options: GenerationOptions,
+        names: Mapping[str, str],
+        *,
+        continues_text: bool = True,
+    ) -> GenerationSpec:
+        """See router.options.build_spec."""
+        return build_spec(
+            request_id,
+            prompt_token_ids,
+            options,
+            self.limits,
+            max_sequence_tokens=self.server.max_sequence_tokens,
+            names=names,
+            continues_text=continues_text,
+        )
+
+    def generate(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
+        return generate(self.server, self.tokenizer, spec)
+
+    @asynccontextmanager
+    async def client_reads(self) -> AsyncIterator[None]:
+        """Around one write to a client. Raises RequestCancelled when the client leaves it unread for too long."""
+        try:
+            async with asyncio.timeout(self.stall_limit_s):
+                yield
+        except TimeoutError:
+            raise RequestCancelled(f"the client read nothing for {self.stall_limit_s:g} s") from None
+
+
+def new_request_id() -> str:
+    """Unique over all routers: the ids of sequences are made from it."""
+    return f"req_{secrets.token_hex(12)}"
