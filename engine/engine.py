@@ -1,0 +1,117 @@
+"""A worker's model, its KV cache and the one thread that computes.
+
+Life: `Engine.load` reads the weights; `run` computes steps, one at a time, in the order in which they were asked for, while
+the event loop goes on; `close` ends the thread and lets go of the KV memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from collections.abc import Sequence as Chunks
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from engine.attention import TorchAttention
+from engine.block_pool import BlockPool
+from engine.kv_cache import TORCH_DTYPES, KVCache, WritableBuffer
+from engine.model import Decoder
+from engine.sampler import sample
+from engine.step import Chunk, prepare_step
+from engine.weights import load_weights
+from segue.errors import ConfigError, InternalError
+from segue.kv_layout import KVLayout
+from segue.models.config import ModelConfig
+from segue.sampling import GeneratedToken
+
+
+class Engine:
+    """`pool` says which blocks of the KV cache are whose; sequences bring their own leases."""
+
+    def __init__(self, config: ModelConfig, layout: KVLayout, pool: BlockPool, decoder: Decoder, *, threads: int) -> None:
+        self.config = config
+        self.layout = layout
+        self.pool = pool
+        self._decoder: Decoder | None = decoder
+        # The number of compute threads is a property of the thread that starts them.
+        self._executor = ThreadPoolExecutor(1, "engine", initializer=torch.set_num_threads, initargs=(threads,))
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path,
+        config: ModelConfig,
+        layout: KVLayout,
+        num_blocks: int,
+        kv_buffer: WritableBuffer,
+        *,
+        threads: int,
+        device: str = "cpu",
+    ) -> Engine:
+        """`kv_buffer` is writable, holds num_blocks * layout.block_bytes bytes and outlives the engine.
+
+        Raises ModelFileError for weights that are missing, damaged or do not fit `config`.
+        """
+        if device != "cpu":
+            raise ConfigError(f"device: only cpu is supported, not {device}")
+        if threads < 1:
+            raise ConfigError(f"threads: must be at least 1, not {threads}")
+        cache = KVCache(kv_buffer, layout, num_blocks)
+        weights = load_weights(model_dir, config, cache.dtype)
+        decoder = Decoder(config, weights, TorchAttention(config, cache))
+        return cls(config, layout, BlockPool(num_blocks), decoder, threads=threads)
+
+    async def run(self, chunks: Chunks[Chunk], on_layer: Callable[[int], None] | None = None) -> list[GeneratedToken | None]:
+        """Computes all chunks, of different sequences, in one forward pass.
+
+        Returns, for each chunk, the next token when the chunk reached the end of its sequence, else None; tokens are not
+        appended. Each sequence's num_computed is advanced; not so when the pass raises or the caller is cancelled. Until
+        this returns or raises, sequences and leases must stay as they are: even a cancelled call waits for its pass to end.
+        `on_layer` is called on the engine's thread, with each layer whose K and V of all chunks are in the cache.
+        """
+        if not chunks:
+            return []
+        tokens = await _finish(self._executor.submit(self._compute, chunks, on_layer))
+        for chunk in chunks:
+            chunk.sequence.num_computed += chunk.num_tokens
+        return tokens
+
+    def close(self) -> None:
+        """Waits for the pass under way and lets go of weights and KV memory. Doing it twice does no harm."""
+        self._executor.shutdown(cancel_futures=True)
+        self._decoder = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _compute(self, chunks: Chunks[Chunk], on_layer: Callable[[int], None] | None) -> list[GeneratedToken | None]:
+        if self._decoder is None:
+            raise InternalError("the engine is closed")
+        tokens: list[GeneratedToken | None] = [None] * len(chunks)
+        with torch.inference_mode():
+            step = prepare_step(chunks, self.layout, TORCH_DTYPES[self.layout.dtype])
+            logits = self._decoder.forward(step, on_layer)
+            sampled = sample(logits, [chunks[index].sequence for index in step.sampled_chunks])
+        for index, token in zip(step.sampled_chunks, sampled, strict=True):
+            tokens[index] = token
+        return tokens
+
+
+async def _finish(step: Future[list[GeneratedToken | None]]) -> list[GeneratedToken | None]:
+    """The step's result. When cancelled, a step that runs already is waited for: it still writes into leased blocks."""
+    done = asyncio.wrap_future(step)
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        while not step.cancel() and not done.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({done})
+        raise

@@ -1,0 +1,50 @@
+"""Rotary position embeddings, the rotate-half kind, as transformers computes them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from segue.models.config import LinearScaling, Llama3Scaling, RopeConfig
+
+
+class Rotary:
+    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        frequencies = 1.0 / (rope.theta**exponents)
+        if isinstance(rope.scaling, LinearScaling):
+            frequencies = frequencies / rope.scaling.factor
+        elif isinstance(rope.scaling, Llama3Scaling):
+            frequencies = _scale_llama3(frequencies, rope.scaling)
+        # Radians for each position, for each pair of a head's elements. [head_dim / 2] float32
+        self._frequencies = frequencies
+
+    def tables(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and signed sines [tokens, 1, head_dim] for positions [tokens]; computed in float32, given in `dtype`.
+
+        The sines of the first half are negative, as `rotate` wants them.
+        """
+        angles = positions[:, None].to(torch.float32) * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> None:
+    """Rotates `heads` [tokens, heads, head_dim] in place."""
+    swapped = torch.roll(heads, heads.shape[-1] // 2, -1)
+    heads.mul_(cos).add_(swapped.mul_(signed_sin))
+
+
+def _scale_llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
+    """Wavelengths longer than the original context are stretched by `factor`, short ones kept, those between blended."""
+    wavelengths = 2 * math.pi / frequencies
+    longest_kept = scaling.original_max_position / scaling.high_freq_factor
+    shortest_stretched = scaling.original_max_position / scaling.low_freq_factor
+    share_kept = (scaling.original_max_position / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    stretched = frequencies / scaling.factor
+    blended = (1 - share_kept) * stretched + share_kept * frequencies
+    long_or_blended = torch.where(wavelengths > shortest_stretched, stretched, blended)
+    return torch.where(wavelengths < longest_kept, frequencies, long_or_blended)
