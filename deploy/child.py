@@ -97,8 +97,13 @@ class Child:
         await asyncio.shield(self.exited)
 
     def died(self) -> SegueError:
-        """Why the child ended, as well as can be told: its own last word, or else the end of its log."""
-        return exit_error(self.name, self.exited.result(), self.log)
+        """How the child ended, with the end of its log."""
+        return InternalError(f"{self.ending()}; the end of its log, {self.log}:\n{log_tail(self.log)}")
+
+    def ending(self) -> str:
+        status = self.exited.result()
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        return f"{self.name} {how}"
 
 
 class FirstWord:
@@ -134,11 +139,6 @@ def parse_event(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
-
-
-def exit_error(name: str, status: int, log: Path) -> InternalError:
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-    return InternalError(f"{name} {how}; the end of its log, {log}:\n{log_tail(log)}")
 
 
 def log_tail(log: Path, max_lines: int = 20) -> str:

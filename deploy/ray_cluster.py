@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import secrets
-import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -12,12 +11,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from deploy.child import Child
-from deploy.processes import is_alive
 from deploy.ray_driver import DriverPlan
 
 # Ray puts sockets in its folder, and the path of a socket may have 107 characters: so /tmp, and not a longer TMPDIR.
 _TEMP_ROOT = Path("/tmp")  # mkdtemp makes the folder below it, for its owner alone
-_TEMP_PREFIX = "segue-ray-"
+_SWEEPER = Path(__file__).with_name("sweeper.py")
 # Ray takes 1.3 s to shut down on a quiet machine.
 _STOP_S = 20.0
 
@@ -31,34 +29,20 @@ async def ray_cluster(plan: DriverPlan, log: Path, on_line: Callable[[str], None
     """Ray with the plan's replicas, for as long as the block. Yields at once: the driver says on `on_line` when it serves.
 
     A local Ray is reached with a random token only; one at an address takes RAY_AUTH_MODE and RAY_AUTH_TOKEN as Ray does.
+    At the end not one process of a local Ray is left, nor its folder.
     """
-    remove_stale_folders(_TEMP_ROOT)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-", dir=_TEMP_ROOT))
+    folder = tempfile.mkdtemp(prefix="segue-ray-", dir=_TEMP_ROOT)
+    env = dict(_QUIET) if plan.ray_address else _QUIET | _LOCAL | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = [sys.executable, "-m", "deploy.ray_driver"]
+    stdin = plan.with_temp_dir(folder).to_json().encode()
+    child = await Child.start("ray", command, log=log, env=env, stdin=stdin, on_line=on_line)
+    sweeper = None
     try:
-        env = dict(_QUIET) if plan.ray_address else _QUIET | _LOCAL | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        child = await Child.start(
-            "ray",
-            [sys.executable, "-m", "deploy.ray_driver"],
-            log=log,
-            env=env,
-            stdin=plan.with_temp_dir(str(folder)).to_json().encode(),
-            on_line=on_line,
+        sweeper = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", str(_SWEEPER), str(child.pid), folder, start_new_session=True
         )
-        try:
-            yield child
-        finally:
-            await child.stop(_STOP_S)
+        yield child
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_stale_folders(root: Path) -> None:
-    """Folders of launchers that were killed and could not remove them."""
-    for folder in root.glob(f"{_TEMP_PREFIX}*"):
-        pid = folder.name.removeprefix(_TEMP_PREFIX).partition("-")[0]
-        try:
-            is_ours = folder.stat().st_uid == os.getuid()
-        except FileNotFoundError:  # another launcher removed it
-            continue
-        if is_ours and pid.isdigit() and not is_alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+        await child.stop(_STOP_S)
+        if sweeper is not None:
+            await sweeper.wait()

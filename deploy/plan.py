@@ -1,0 +1,100 @@
+"""What a cluster consists of, decided from its settings alone."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+
+from deploy.ray_driver import DriverPlan
+from segue.config import LOOPBACK, ClusterSettings, EngineSettings, Role, RouterSettings, WorkerSettings
+from segue.errors import ConfigError
+from segue.models.store import ModelHandle
+
+_LOOPBACK_NAMES = {LOOPBACK, "localhost", "::1"}
+
+
+def worker_names(settings: ClusterSettings) -> dict[str, tuple[Role, ...]]:
+    """Worker ids and their roles. Colocated, one worker stands for a prefill and a decode worker."""
+    if settings.colocated:
+        return {f"worker-{i}": ("prefill", "decode") for i in range(max(settings.prefill, settings.decode))}
+    names: dict[str, tuple[Role, ...]] = {f"prefill-{i}": ("prefill",) for i in range(settings.prefill)}
+    return names | {f"decode-{i}": ("decode",) for i in range(settings.decode)}
+
+
+def plan_workers(
+    settings: ClusterSettings, *, cluster_id: str, redis: str, model: ModelHandle, num_cores: int
+) -> list[WorkerSettings]:
+    """`num_cores` of this host are shared out among the workers, unless they run elsewhere: then threads stay 0, and
+    the node that a worker lands on decides."""
+    names = worker_names(settings)
+    engine = settings.model_dump(include=set(EngineSettings.model_fields))
+    if not is_spread(settings):
+        engine["threads"] = settings.threads or max(1, num_cores // len(names))
+    return [
+        WorkerSettings(
+            **engine,
+            cluster_id=cluster_id,
+            redis=redis,
+            worker_id=worker_id,
+            roles=roles,
+            model_dir=model.path,
+            model_name=model.name,
+        )
+        for worker_id, roles in names.items()
+    ]
+
+
+def plan_router(settings: ClusterSettings, *, cluster_id: str, redis: str, model: ModelHandle) -> RouterSettings:
+    return RouterSettings(
+        cluster_id=cluster_id,
+        redis=redis,
+        model_dir=model.path,
+        model_name=model.name,
+        host=settings.host,
+        http_port=settings.http_port,
+        grpc_port=settings.grpc_port,
+    )
+
+
+def plan_driver(settings: ClusterSettings, workers: list[WorkerSettings], *, cluster_id: str, entry: str) -> DriverPlan:
+    return DriverPlan(
+        cluster_id=cluster_id,
+        ray_address=settings.ray_address or "",
+        entry=entry,
+        workers=tuple(worker.model_dump_json() for worker in workers),
+        spread=is_spread(settings),
+    )
+
+
+def is_spread(settings: ClusterSettings) -> bool:
+    """Whether workers may land on other hosts."""
+    return settings.ray_address is not None and settings.ray_address.rpartition(":")[0] not in _LOOPBACK_NAMES
+
+
+def check_settings(settings: ClusterSettings) -> None:
+    """What can be known to fail before anything is started. Raises ConfigError."""
+    if is_spread(settings) and settings.redis is None:
+        raise ConfigError(
+            "ray_address: workers on other hosts cannot reach the embedded Valkey, which listens on loopback only; "
+            "give --redis with the URL of a Redis that they can reach"
+        )
+    for field, port in (("http_port", settings.http_port), ("grpc_port", settings.grpc_port)):
+        if port and not can_listen(settings.host, port):
+            raise ConfigError(
+                f"{field}: {settings.host}:{port} is taken by another program, maybe another cluster; "
+                f"stop it, or choose another with --{field.replace('_', '-')} (0 picks a free one)",
+                field=field,
+            )
+
+
+def can_listen(host: str, port: int) -> bool:
+    """False if the port is taken. A host name or address that cannot be looked up is left for the router to refuse."""
+    with suppress(socket.gaierror):
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError:
+                return False
+    return True
