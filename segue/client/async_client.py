@@ -19,7 +19,7 @@ from segue.client.failures import failure_from_rpc
 from segue.client.requests import GenerateOptions, Prompt, generate_request, tokenize_request
 from segue.client.results import Generation, GenerationBuilder
 from segue.client.retry import Attempts, ReadinessWait, RetryPolicy
-from segue.errors import InternalError, NoWorker, RequestCancelled, Unavailable
+from segue.errors import InternalError, NoWorker, RequestCancelled, SegueError
 from segue.v1 import inference_pb2 as pb
 from segue.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -106,12 +106,14 @@ class AsyncClient:
 
     async def wait_ready(self, *, timeout_s: float | None = READY_TIMEOUT_S) -> status_types.ClusterStatus:
         """Waits until the cluster has a ready worker for each role. After `timeout_s` raises what is still missing:
-        Unreachable or NoWorker."""
+        Unreachable, NoWorker, or the router's own retryable error."""
         wait = ReadinessWait(timeout_s)
         while True:
             try:
                 status = await self.status()
-            except Unavailable as error:
+            except SegueError as error:
+                if not error.retryable:
+                    raise
                 await self._sleep(wait.pause_s(error))
                 continue
             if not status.missing_roles:

@@ -1,0 +1,130 @@
+"""`segue status`: who is in the cluster and how busy they are."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from deploy.cli.session import AddressOption, connected, unreachable
+from segue.client import Client, ClusterStatus, WorkerLoad, WorkerStatus
+from segue.client.channel import DEFAULT_ADDRESS
+from segue.errors import SegueError, Unreachable
+
+_STATE_STYLES = {"ready": "green", "draining": "yellow", "lost": "red"}
+_BAR_WIDTH = 12
+_PIPED_WIDTH = 200
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line for each look.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again and again, until Ctrl-C.")] = False,
+    interval_s: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 1.0,
+    address: AddressOption = DEFAULT_ADDRESS,
+) -> None:
+    """Show the cluster's workers: roles, state, load and KV cache.
+
+    `queued` counts prompt tokens not yet computed. The bar shows KV blocks: █ held by requests, ▒ cached prefixes that
+    may be reclaimed, · free.
+    """
+    with connected(address) as client:
+        first = client.status()
+        if as_json:
+            _print_json(client, first, watch=watch, interval_s=interval_s)
+        elif watch:
+            _watch(client, first, interval_s)
+        else:
+            _console().print(render(first))
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    # No terminal, no width: a table that is piped on keeps one line for each worker.
+    return console if console.is_terminal else Console(highlight=False, width=_PIPED_WIDTH)
+
+
+def _print_json(client: Client, first: ClusterStatus, *, watch: bool, interval_s: float) -> None:
+    typer.echo(json.dumps(asdict(first)))
+    with suppress(KeyboardInterrupt):
+        while watch:
+            time.sleep(interval_s)
+            typer.echo(json.dumps(asdict(client.status())))
+
+
+def _watch(client: Client, first: ClusterStatus, interval_s: float) -> None:
+    """A cluster that goes away is said to be away, and shown again when it is back."""
+    with suppress(KeyboardInterrupt), Live(render(first), console=_console(), auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            live.update(_look(client), refresh=True)
+
+
+def _look(client: Client) -> RenderableType:
+    try:
+        return render(client.status())
+    except Unreachable:
+        return Text(unreachable(client.address).message, style="red")
+    except SegueError as error:
+        return Text(error.message, style="red")
+
+
+def render(cluster: ClusterStatus) -> RenderableType:
+    """A title line, a table of workers, and a line for each thing that is wrong."""
+    title = f"{cluster.model} · Segue {cluster.version} · {cluster.active_requests} active requests"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("worker", "roles", "state"):
+        table.add_column(name)
+    for name in ("running", "waiting", "queued"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("KV blocks", "epoch", "pid", "address"):
+        table.add_column(name)
+    for worker in cluster.workers:
+        table.add_row(*_cells(worker))
+    problems = [Text(problem, style="red") for problem in _problems(cluster)]
+    return Group(Text(title), table, *problems)
+
+
+def _cells(worker: WorkerStatus) -> tuple[RenderableType, ...]:
+    load = worker.load
+    return (
+        Text(worker.worker_id),
+        Text("+".join(worker.roles)),
+        Text(worker.state, style=_STATE_STYLES.get(worker.state, "")),
+        Text(str(load.running_requests)),
+        Text(str(load.waiting_requests)),
+        Text(str(load.queued_tokens)),
+        Text(f"{blocks_bar(load)} {load.leased_blocks + load.cached_blocks}/{load.total_blocks}", no_wrap=True),
+        Text(str(worker.epoch)),
+        Text(str(worker.pid)),
+        Text(worker.address),
+    )
+
+
+def blocks_bar(load: WorkerLoad, width: int = _BAR_WIDTH) -> str:
+    """Leased, cached and free blocks as a bar; whatever there is of a kind shows as one character at least."""
+    if not load.total_blocks:
+        return " " * width
+    leased = _share(load.leased_blocks, load.total_blocks, width)
+    cached = min(_share(load.cached_blocks, load.total_blocks, width), width - leased)
+    return "█" * leased + "▒" * cached + "·" * (width - leased - cached)
+
+
+def _share(part: int, whole: int, width: int) -> int:
+    return max(round(part / whole * width), 1 if part else 0)
+
+
+def _problems(cluster: ClusterStatus) -> list[str]:
+    problems = []
+    if cluster.missing_roles:
+        problems.append(f"cannot serve: no ready worker for {' and '.join(cluster.missing_roles)}")
+    if not cluster.membership_fresh:
+        problems.append("the membership store cannot be reached; this is the last list of workers known")
+    return problems
