@@ -1,0 +1,57 @@
+"""`segue up`: start a cluster on this machine, or on a running Ray, and keep it serving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic_core import PydanticUndefined
+
+from deploy.cli.console import errors_reported
+from segue.config import ClusterSettings
+
+
+def _flag(name: str, *, shape: str = "", flag: str = "") -> Any:
+    """The option for the setting `name`: it is None unless given, and the setting's own description is its help."""
+    field = ClusterSettings.model_fields[name]
+    default = "" if field.default in (None, PydanticUndefined) else f" (default {field.default})"
+    return typer.Option(
+        flag or f"--{name.replace('_', '-')}",
+        help=f"{field.description or name.replace('_', ' ').capitalize()}{default}",
+        metavar=shape or None,
+        show_default=False,
+    )
+
+
+def up(
+    model: Annotated[str | None, _flag("model")] = None,
+    prefill: Annotated[int | None, _flag("prefill", shape="N")] = None,
+    decode: Annotated[int | None, _flag("decode", shape="N")] = None,
+    colocated: Annotated[bool | None, _flag("colocated", flag="--colocated/--disaggregated")] = None,
+    redis: Annotated[str | None, _flag("redis", shape="URL")] = None,
+    ray_address: Annotated[str | None, _flag("ray_address", shape="HOST:PORT")] = None,
+    host: Annotated[str | None, _flag("host", shape="ADDRESS")] = None,
+    http_port: Annotated[int | None, _flag("http_port", shape="PORT")] = None,
+    grpc_port: Annotated[int | None, _flag("grpc_port", shape="PORT")] = None,
+    dtype: Annotated[str | None, _flag("dtype", shape="float32|bfloat16")] = None,
+    kv_memory: Annotated[str | None, _flag("kv_memory", shape="SIZE")] = None,
+    block_size: Annotated[int | None, _flag("block_size", shape="TOKENS")] = None,
+    threads: Annotated[int | None, _flag("threads", shape="N")] = None,
+    max_prefill_tokens: Annotated[int | None, _flag("max_prefill_tokens", shape="TOKENS")] = None,
+    max_batch: Annotated[int | None, _flag("max_batch", shape="N")] = None,
+    kv_transport: Annotated[str | None, _flag("kv_transport", shape="auto|shm|tcp")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.", show_default=False)] = None,
+) -> None:
+    """Start a cluster and keep it serving until Ctrl-C: router, prefill and decode workers under Ray, and the store that
+    they meet in.
+
+    Each setting may also come from the environment (SEGUE_MODEL, SEGUE_HTTP_PORT, ...) or from the --config file;
+    a flag wins over the environment, and that over the file.
+    """
+    flags = {name: value for name, value in locals().items() if name in ClusterSettings.model_fields}
+    with errors_reported():
+        settings = ClusterSettings.load(flags=flags, file=config)
+        from deploy.cli.serving import serve
+
+        raise typer.Exit(serve(settings))
