@@ -49,7 +49,7 @@ def import_gguf(file: Path, destination: Path, progress: Progress | None = None)
             unfinished.mkdir()
             _write_texts(source, config, unfinished)
             tokenizer.save(str(unfinished / "tokenizer.json"))
-            ModelConfig.from_dir(unfinished)
+            _check_config(source, unfinished)
             _write_weights(source, weights, unfinished / WEIGHTS_NAME, report)
             unfinished.rename(destination)
     except OSError as error:
@@ -59,6 +59,15 @@ def import_gguf(file: Path, destination: Path, progress: Progress | None = None)
 def partial_prefix(destination: Path) -> str:
     """How the names of the temporary folders begin that an import into `destination` makes beside it."""
     return f".{destination.name}.partial-"
+
+
+def _check_config(source: GgufFile, folder: Path) -> None:
+    """What the engine refuses of the written config.json is the GGUF file's fault, and said of it."""
+    try:
+        ModelConfig.from_dir(folder)
+    except ModelFileError as error:
+        problem = error.message.removeprefix(f"{folder / 'config.json'}: ")
+        raise source.error(f"the network that it describes is not supported: {problem}", error.field) from None
 
 
 def _write_texts(source: GgufFile, config: dict[str, Any], folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from segue.errors import ModelFileError
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # Not *.safetensors: some repositories carry the same weights a second time under other names.
 FILES = [
     "config.json",

@@ -47,7 +47,8 @@ def resolve(model: str, progress: Progress | None = None) -> ModelHandle:
     """
     report = progress or _silent
     path = Path(model).expanduser()
-    if path.is_dir():
+    # An empty name would be the working directory.
+    if model and path.is_dir():
         return _handle(path.resolve().name, path.resolve())
     if path.suffix == ".gguf" or path.is_file():
         return import_model(path, progress=report)
