@@ -7,6 +7,7 @@ top_k, top_p and min_p.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -25,7 +26,7 @@ _SORT_AT_ONCE = 1024
 
 def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[GeneratedToken]:
     """One token for each row of `logits` [rows, vocab] float32; row i continues sequences[i]. Does not append them."""
-    likeliest = torch.argmax(logits, dim=-1).tolist()
+    likeliest = logits.numpy().argmax(axis=-1).tolist()
     return [
         GeneratedToken(likeliest[row]) if _is_plain_greedy(sequence.sampling) else _sample_row(logits[row], sequence)
         for row, sequence in enumerate(sequences)
@@ -69,23 +70,22 @@ def _with_logprobs(token_id: int, logits: torch.Tensor, num_logprobs: int) -> Ge
 
 def _draw(scores: npt.NDArray[np.float32], params: SamplingParams, u: float) -> int:
     """Inverse of the distribution function at `u`, over the tokens that the filters leave, in the order of their ids."""
-    highest = np.float64(scores.max())
-    if not np.isfinite(highest):
+    highest = float(scores.max())
+    if not math.isfinite(highest):
         raise InternalError("the model gave logits that are not finite")
     ids: npt.NDArray[np.intp] | None = None
     if 0 < params.top_k < len(scores):
         ids = _top_k_ids(scores, params.top_k)
         scores = scores[ids]
-    # A temperature close to 0 may turn differences infinite: those weights are 0.
-    with np.errstate(over="ignore"):
-        weights = np.exp((scores.astype(np.float64) - highest) / params.temperature)
+    # In torch, whose float64 exp and cumsum are several times as fast as NumPy's.
+    weights = torch.from_numpy(scores).double().sub_(highest).div_(params.temperature).exp_().numpy()
     if params.top_p < 1.0:
         keep = _top_p_indices(weights, params.top_p)
         weights, ids = weights[keep], keep if ids is None else ids[keep]
     if params.min_p > 0.0:
         keep = np.flatnonzero(weights >= params.min_p * weights.max())
         weights, ids = weights[keep], keep if ids is None else ids[keep]
-    cumulative = np.cumsum(weights)
+    cumulative = torch.from_numpy(weights).cumsum(0).numpy()
     # u < 1, but u * total may round up to the total; the last token that can be drawn is then the one meant.
     index = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
     index = min(index, int(np.searchsorted(cumulative, cumulative[-1], side="left")))
