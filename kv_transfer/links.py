@@ -140,11 +140,14 @@ class RemoteLink(_Link):
         self._outgoing: deque[tuple[pb.TransferFrame, Sequence[memoryview], Callable[[], bool] | None]] = deque()
         self._has_outgoing = asyncio.Event()
         self._has_none_outgoing = asyncio.Event()
+        self._has_none_outgoing.set()
         self._task: asyncio.Task[None] | None = None
 
     def post(
         self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
     ) -> None:
+        if self.failure is not None:
+            return
         self._outgoing.append((frame, payload, is_wanted))
         self._has_none_outgoing.clear()
         self._has_outgoing.set()

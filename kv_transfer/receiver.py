@@ -28,7 +28,7 @@ from kv_transfer.protocol import LOCAL, Failure, Frames, FreshRegion, ReceivingT
 from kv_transfer.sockets import bind_receiver
 from kv_transfer.transports import check_transports
 from kv_transfer.writers import Writer, Writers
-from segue.errors import ChecksumMismatch, TransferError
+from segue.errors import ChecksumMismatch, ConfigError, TransferError
 from segue.v1 import transfer_pb2 as pb
 
 __all__ = ["Arrival", "Incoming", "KVReceiver"]
@@ -68,8 +68,12 @@ class KVReceiver:
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
+        try:
+            self._socket, self.endpoint = await bind_receiver(self._context, self._host, self._memory.layout.region_bytes)
+        except ConfigError:
+            self._context.destroy()
+            raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-receive")
-        self._socket, self.endpoint = await bind_receiver(self._context, self._host, self._memory.layout.region_bytes)
         self._writers = Writers(self._identity, self._memory, self._transports, self._post, self._writer_died)
         self._tasks = [asyncio.create_task(run()) for run in (self._listen, self._keep_time)]
         for task in self._tasks:

@@ -51,6 +51,8 @@ def connected_sender(context: zmq.asyncio.Context, endpoint: str) -> Iterator[tu
     It never reconnects: a new connection would reach a receiver that does not know it, perhaps one of another epoch. Raises
     TransferRefused when `endpoint` is none.
     """
+    if not endpoint.startswith("tcp://"):
+        raise TransferRefused(f"{endpoint!r} is no tcp:// endpoint")
     socket = context.socket(zmq.DEALER)
     _set_common(socket)
     socket.setsockopt(zmq.RECONNECT_IVL, -1)

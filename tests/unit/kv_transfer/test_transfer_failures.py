@@ -1,0 +1,463 @@
+"""Transfers that go wrong: each ends in an error on both sides, and its blocks can be taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import zmq.asyncio
+
+from kv_transfer.identity import host_identity
+from kv_transfer.transports import ShmWriter, TcpWriter, checksum
+from segue.errors import ChecksumMismatch, ConfigError, LeaseExpired, TransferError, TransferRefused
+from segue.v1 import transfer_pb2 as pb
+
+TIMEOUT_S = 30
+
+
+class RawPeer:
+    """Speaks to a receiver frame by frame, well or badly."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, fingerprint: str) -> None:
+        self.socket = socket
+        self._fingerprint = fingerprint
+
+    async def send(self, payload: list[bytes] | None = None, **message: Any) -> None:
+        await self.socket.send_multipart([pb.TransferFrame(**message).SerializeToString(), *(payload or [])])
+
+    async def receive(self, kind: str) -> Any:
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                frame = pb.TransferFrame.FromString((await self.socket.recv_multipart())[0])
+                if frame.HasField(kind):
+                    return getattr(frame, kind)
+
+    async def greet(self, transports: tuple[str, ...] = ("tcp",), sender_id: int = 77) -> pb.Welcome:
+        hello = pb.Hello(
+            worker_id="raw",
+            layout_fingerprint=self._fingerprint,
+            host=host_identity(),
+            transports=transports,
+            sender_id=sender_id,
+        )
+        await self.send(hello=hello)
+        return await self.receive("welcome")
+
+    async def open(self, ticket: pb.Ticket) -> None:
+        await self.send(open=pb.Open(ticket_id=ticket.ticket_id, decode_epoch=ticket.decode_epoch))
+        await self.receive("opened")
+
+
+@contextlib.asynccontextmanager
+async def raw_peer(pair: Any, endpoint: str) -> AsyncIterator[RawPeer]:
+    context = zmq.asyncio.Context()
+    try:
+        socket = context.socket(zmq.DEALER)
+        socket.connect(endpoint)
+        yield RawPeer(socket, pair.layout.fingerprint())
+    finally:
+        context.destroy(linger=0)
+
+
+async def assert_still_serves(pair: Any, receiver: Any) -> None:
+    sender = await pair.sender(transports=("tcp",))
+    incoming = receiver.expect(0, [31])
+    push = await sender.open(incoming.ticket)
+    for layer in range(pair.layout.num_layers):
+        push.send(layer, [(0, 0)])
+    committing = asyncio.create_task(push.commit(1))
+    await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
+    incoming.accept()
+    await committing
+    pair.assert_equal([0], [31])
+
+
+async def test_damaged_bytes_are_noticed(pair, transport, monkeypatch):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
+    incoming = receiver.expect(0, [1, 2])
+    push = await sender.open(incoming.ticket)
+    honest = {"shm": ShmWriter, "tcp": TcpWriter}[transport].write
+
+    def damaging(writer: Any, chunk: Any) -> list[memoryview]:
+        payload = honest(writer, chunk)
+        if chunk.layer == 1 and transport == "shm":
+            pair.target.region(1, 2)[5] ^= 1
+        elif chunk.layer == 1:
+            damaged = bytearray(payload[0])
+            damaged[-1] ^= 1
+            return [memoryview(damaged)]
+        return payload
+
+    monkeypatch.setattr({"shm": ShmWriter, "tcp": TcpWriter}[transport], "write", damaging)
+    for layer in range(pair.layout.num_layers):
+        push.send(layer, [(0, 0), (1, 1)])
+    with pytest.raises(ChecksumMismatch, match="layer 1"):
+        await push.commit(1)
+    with pytest.raises(ChecksumMismatch, match="layer 1"):
+        await incoming.arrival()
+    await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
+    assert receiver.num_failed == 1
+
+
+async def test_abandoning_ends_both_sides(pair, transport):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
+    incoming = receiver.expect(0, [1])
+    push = await sender.open(incoming.ticket)
+    push.send(0, [(0, 0)])
+    assert await push.abandon("the client went away")
+    assert not await push.abandon("again")
+    with pytest.raises(TransferError, match="the client went away"):
+        await incoming.arrival()
+    with pytest.raises(TransferError, match="abandoned"):
+        await push.commit(1)
+    await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
+
+
+async def test_taking_back_ends_both_sides(pair, transport):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
+    incoming = receiver.expect(0, [1])
+    push = await sender.open(incoming.ticket)
+    push.send(0, [(0, 0)])
+    await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
+    with pytest.raises(TransferRefused, match="taken back"):
+        await incoming.arrival()
+    await asyncio.wait_for(push.revoked.wait(), TIMEOUT_S)
+    before = bytes(pair.target.buffer)
+    push.send(1, [(3, 0)])
+    with pytest.raises(TransferRefused, match="taken back"):
+        await push.commit(1)
+    assert bytes(pair.target.buffer) == before
+    assert not await push.abandon("too late")
+    await incoming.fence()
+    assert receiver.num_failed == 0
+
+
+async def test_the_fence_waits_for_a_write_in_place_that_is_under_way(pair, monkeypatch):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=("shm",))
+    incoming = receiver.expect(0, [1])
+    push = await sender.open(incoming.ticket)
+    loop, begun, may_go_on = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    honest = ShmWriter.write
+
+    def slow(writer: Any, chunk: Any) -> list[memoryview]:
+        loop.call_soon_threadsafe(begun.set)
+        asyncio.run_coroutine_threadsafe(may_go_on.wait(), loop).result(TIMEOUT_S)
+        return honest(writer, chunk)
+
+    monkeypatch.setattr(ShmWriter, "write", slow)
+    push.send(0, [(0, 0)])
+    await begun.wait()
+    fencing = asyncio.create_task(incoming.fence())
+    abandoning = asyncio.create_task(push.abandon("cancelled"))
+    await push.revoked.wait()
+    assert not fencing.done()
+    assert not abandoning.done()
+    may_go_on.set()
+    await asyncio.wait_for(asyncio.gather(fencing, abandoning), TIMEOUT_S)
+
+
+@pytest.mark.parametrize("rounds", [25])
+async def test_abandon_commit_and_fence_may_race(pair, transport, rounds):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
+    for number in range(rounds):
+        incoming = receiver.expect(0, [1, 2])
+        push = await sender.open(incoming.ticket)
+        for layer in range(pair.layout.num_layers):
+            push.send(layer, [(number % 20, 0), (3, 1)])
+        racers = [push.commit(1), incoming.arrival(), push.abandon("race"), incoming.fence()]
+        order = [racers[(number + offset) % 4] for offset in range(4)]
+        ends = await asyncio.wait_for(asyncio.gather(*order, return_exceptions=True), TIMEOUT_S)
+        assert all(not isinstance(end, Exception) or isinstance(end, TransferError) for end in ends), ends
+        await push.abandon("over")
+        await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
+    await assert_still_serves(pair, receiver)
+
+
+async def test_opening_may_be_cancelled(pair, transport):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
+    await (await sender.open(receiver.expect(0, [0]).ticket)).abandon("only to connect")
+    incoming = receiver.expect(0, [1])
+    opening = asyncio.create_task(sender.open(incoming.ticket))
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    with pytest.raises(TransferError, match="given up"):
+        await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
+    await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
+
+
+async def test_a_ticket_that_nobody_uses_lapses(pair):
+    receiver = await pair.receiver(lease_ms=100)
+    incoming = receiver.expect(0, [1])
+    with pytest.raises(LeaseExpired):
+        await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
+    await incoming.fence()
+    assert receiver.num_failed == 1
+
+
+async def test_a_writer_that_falls_silent_loses_its_lease(pair):
+    receiver = await pair.receiver(lease_ms=100)
+    incoming = receiver.expect(0, [1])
+    async with raw_peer(pair, receiver.endpoint) as peer:
+        await peer.greet(("shm",))
+        await peer.open(incoming.ticket)
+        with pytest.raises(LeaseExpired):
+            await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
+        assert (await peer.receive("revoke")).code == "lease_expired"
+        fencing = asyncio.create_task(incoming.fence())
+        await peer.send(renew=pb.Renew(ticket_ids=[incoming.ticket.ticket_id]))
+        await peer.receive("revoke")
+        assert not fencing.done()
+        await peer.send(revoked=pb.Revoked(ticket_id=incoming.ticket.ticket_id))
+        await asyncio.wait_for(fencing, TIMEOUT_S)
+
+
+async def test_other_models_do_not_pair(pair):
+    receiver, sender = await pair.receiver(), await pair.sender(fingerprint="another")
+    ticket = receiver.expect(0, [1]).ticket
+    with pytest.raises(TransferRefused, match="different KV layouts"):
+        await sender.open(ticket)
+    ticket.layout_fingerprint = "another"
+    with pytest.raises(TransferRefused, match="different KV layouts"):
+        await sender.open(ticket)
+
+
+async def test_no_common_transport_is_refused(pair):
+    receiver, sender = await pair.receiver(transports=("tcp",)), await pair.sender(transports=("shm",))
+    with pytest.raises(TransferRefused, match="shm offered, tcp accepted"):
+        await sender.open(receiver.expect(0, [1]).ticket)
+    with pytest.raises(ConfigError, match="kv_transport"):
+        await pair.sender(transports=("rdma",))
+
+
+async def test_tickets_of_another_life_are_refused(pair, transport):
+    receiver, sender = await pair.receiver(epoch=3), await pair.sender(transports=(transport,))
+    stale = receiver.expect(0, [1]).ticket
+    stale.decode_epoch = 2
+    with pytest.raises(TransferRefused, match="epoch 2"):
+        await sender.open(stale)
+    current = receiver.expect(0, [2])
+    push = await sender.open(current.ticket)
+    with pytest.raises(TransferRefused, match="epoch 2"):
+        await sender.open(stale)
+    assert not push.revoked.is_set()
+    await push.abandon("done")
+
+
+async def test_a_later_life_gets_a_connection_of_its_own(pair, transport):
+    receiver, sender = await pair.receiver(epoch=3), await pair.sender(transports=(transport,))
+    push = await sender.open(receiver.expect(0, [1]).ticket)
+    promised = receiver.expect(0, [2]).ticket
+    promised.decode_epoch = 4
+    with pytest.raises(TransferRefused, match="epoch 4"):
+        await sender.open(promised)
+    with pytest.raises(TransferError):
+        await push.commit(1)
+    await (await sender.open(receiver.expect(0, [3]).ticket)).abandon("done")
+
+
+async def test_tickets_are_honoured_once(pair, transport):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
+    incoming = receiver.expect(0, [1])
+    await incoming.fence()
+    with pytest.raises(TransferRefused, match="not honoured"):
+        await sender.open(incoming.ticket)
+    other = await pair.sender(transports=(transport,))
+    taken = receiver.expect(0, [2])
+    push = await sender.open(taken.ticket)
+    with pytest.raises(TransferRefused, match="not honoured"):
+        await other.open(taken.ticket)
+    assert not push.revoked.is_set()
+
+
+async def test_a_local_ticket_is_for_this_process(pair):
+    receiver, stranger = await pair.receiver(), await pair.sender()
+    local = await pair.sender(local=receiver)
+    incoming = receiver.expect_local()
+    with pytest.raises(TransferRefused, match="within decode-0"):
+        await stranger.open(incoming.ticket)
+    posing = pb.Ticket.FromString(incoming.ticket.SerializeToString())
+    posing.endpoint = receiver.endpoint
+    with pytest.raises(TransferRefused, match="not honoured"):
+        await stranger.open(posing)
+    push = await local.open(incoming.ticket)
+    await push.abandon("cancelled")
+    with pytest.raises(TransferError, match="cancelled"):
+        await incoming.arrival()
+    await incoming.fence()
+
+
+async def test_local_blocks_given_up_before_they_were_accepted_are_not_taken(pair):
+    receiver = await pair.receiver()
+    sender = await pair.sender(local=receiver)
+    incoming = receiver.expect_local()
+    push = await sender.open(incoming.ticket)
+    committing = asyncio.create_task(push.commit(1, [4, 5]))
+    await incoming.arrival()
+    await push.abandon("cancelled")
+    with pytest.raises(TransferError, match="cancelled"):
+        incoming.accept()
+    with pytest.raises(TransferError, match="abandoned"):
+        await committing
+
+
+async def test_taking_a_local_ticket_back_ends_its_push(pair):
+    receiver = await pair.receiver()
+    sender = await pair.sender(local=receiver)
+    incoming = receiver.expect_local()
+    push = await sender.open(incoming.ticket)
+    await incoming.fence()
+    with pytest.raises(TransferRefused, match="taken back"):
+        await push.commit(1, [4])
+
+
+async def test_garbage_does_no_harm(pair):
+    receiver = await pair.receiver()
+    incoming = receiver.expect(0, [1])
+    ticket_id = incoming.ticket.ticket_id
+    async with raw_peer(pair, receiver.endpoint) as peer:
+        await peer.send(push=pb.Push(ticket_id=ticket_id, layer=0, indices=[0], checksums=[1]))
+        await peer.greet()
+        for garbage in ([b"\xff\xff\xff"], [b""], [b"x" * 1000, b"y"], [b"", b"", b""]):
+            await peer.socket.send_multipart(garbage)
+        await peer.send(welcome=pb.Welcome(worker_id="raw"))
+        await peer.send(push=pb.Push(ticket_id=999, layer=0, indices=[0], checksums=[1]))
+        assert (await peer.receive("revoke")).ticket_id == 999
+        await peer.open(incoming.ticket)
+        assert receiver.num_bad_frames == 6
+        assert incoming.state.failure is None
+    await assert_still_serves(pair, receiver)
+
+
+@pytest.mark.parametrize(
+    ("push", "sizes"),
+    [
+        (pb.Push(layer=99, indices=[0], checksums=[0]), [1]),
+        (pb.Push(layer=0, indices=[7], checksums=[0]), [1]),
+        (pb.Push(layer=0, indices=[0, 1], checksums=[0]), [2]),
+        (pb.Push(layer=0, indices=[0], checksums=[0]), [2]),
+        (pb.Push(layer=0, indices=[0], checksums=[0]), []),
+        (pb.Push(layer=0, indices=[0, 1], checksums=[0, 0]), [0.5, 1.5]),
+        (pb.Push(layer=0, indices=[], checksums=[]), []),
+    ],
+)
+async def test_bad_pushes_write_nothing_and_end_the_ticket(pair, push, sizes):
+    receiver = await pair.receiver()
+    incoming = receiver.expect(0, [1, 2])
+    push.ticket_id = incoming.ticket.ticket_id
+    payload = [b"z" * int(size * pair.layout.region_bytes) for size in sizes]
+    async with raw_peer(pair, receiver.endpoint) as peer:
+        await peer.greet()
+        await peer.open(incoming.ticket)
+        await peer.send(payload, push=push)
+        with pytest.raises(TransferRefused, match="bad push"):
+            await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
+        assert (await peer.receive("revoke")).code == "transfer_refused"
+        await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
+    pair.assert_untouched(except_blocks=[])
+    assert receiver.num_bad_frames == 1
+    await assert_still_serves(pair, receiver)
+
+
+async def test_a_block_pushed_twice_with_other_bytes_ends_the_ticket(pair):
+    receiver = await pair.receiver()
+    incoming = receiver.expect(0, [1])
+    size = pair.layout.region_bytes
+    async with raw_peer(pair, receiver.endpoint) as peer:
+        await peer.greet()
+        await peer.open(incoming.ticket)
+        for content in (b"a" * size, b"a" * size, b"b" * size):
+            push = pb.Push(ticket_id=incoming.ticket.ticket_id, layer=0, indices=[0], checksums=[checksum(content)])
+            await peer.send([content], push=push)
+        with pytest.raises(TransferRefused, match="pushed twice"):
+            await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
+        await incoming.fence()
+    assert pair.target.region(0, 1) == b"a" * size
+
+
+async def test_an_oversized_frame_costs_its_sender_the_connection(pair):
+    receiver = await pair.receiver()
+    incoming = receiver.expect(0, [1])
+    async with raw_peer(pair, receiver.endpoint) as peer:
+        await peer.greet()
+        await peer.open(incoming.ticket)
+        await peer.send([b"z" * 2**22], push=pb.Push(ticket_id=incoming.ticket.ticket_id))
+        with pytest.raises(TransferError, match="connection"):
+            await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
+    pair.assert_untouched(except_blocks=[])
+    await assert_still_serves(pair, receiver)
+
+
+async def test_an_early_commit_fails(pair):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=("tcp",))
+    incoming = receiver.expect(0, [1])
+    push = await sender.open(incoming.ticket)
+    push.send(0, [(0, 0)])
+    with pytest.raises(TransferError, match="2 regions missing"):
+        await push.commit(1)
+    with pytest.raises(TransferError, match="2 regions missing"):
+        await incoming.arrival()
+
+
+async def test_a_lost_writer_in_shared_memory_is_fenced_by_its_next_hello(pair):
+    receiver = await pair.receiver()
+    incoming = receiver.expect(0, [1])
+    async with raw_peer(pair, receiver.endpoint) as peer:
+        await peer.greet(("shm",), sender_id=5)
+        await peer.open(incoming.ticket)
+    with pytest.raises(TransferError, match="connection to the writer was lost"):
+        await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
+    fencing = asyncio.create_task(incoming.fence())
+    async with raw_peer(pair, receiver.endpoint) as peer:
+        await peer.greet(("shm",), sender_id=6)
+        assert not fencing.done()
+        await peer.greet(("shm",), sender_id=5)
+        await asyncio.wait_for(fencing, TIMEOUT_S)
+
+
+async def test_a_closed_receiver_ends_what_is_open(pair, transport):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
+    incoming = receiver.expect(0, [1])
+    push = await sender.open(incoming.ticket)
+    await receiver.__aexit__(None, None, None)
+    with pytest.raises(TransferError, match="closed"):
+        await incoming.arrival()
+    if transport == "shm":
+        with pytest.raises(TransferError, match="closed"):
+            await incoming.fence()
+    else:
+        await incoming.fence()
+    with pytest.raises(TransferError):
+        await asyncio.wait_for(push.commit(1), TIMEOUT_S)
+    with pytest.raises(TransferError):
+        await asyncio.wait_for(sender.open(incoming.ticket), TIMEOUT_S)
+
+
+async def test_a_closed_sender_ends_what_is_open(pair, transport):
+    receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
+    incoming = receiver.expect(0, [1])
+    await sender.open(incoming.ticket)
+    await sender.__aexit__(None, None, None)
+    with pytest.raises(TransferError, match="closed"):
+        await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
+    await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:1", "nonsense", "inproc://x", ""])
+async def test_endpoints_where_nobody_listens_are_errors(pair, endpoint):
+    receiver, sender = await pair.receiver(), await pair.sender()
+    ticket = receiver.expect(0, [1]).ticket
+    ticket.endpoint = endpoint
+    with pytest.raises(TransferError):
+        await asyncio.wait_for(sender.open(ticket), TIMEOUT_S)
+    await assert_still_serves(pair, receiver)
+
+
+async def test_an_address_of_another_machine_is_a_wrong_setting(pair):
+    with pytest.raises(ConfigError, match="host"):
+        async with type(await pair.receiver())(None, pair.target, host="192.0.2.1"):
+            pass

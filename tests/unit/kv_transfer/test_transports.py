@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kv_transfer.identity import host_identity
+from kv_transfer.transports import (
+    MAX_PUSH_BLOCKS,
+    MAX_PUSH_BYTES,
+    check_transports,
+    choose_transport,
+    contiguous_runs,
+    plan_chunks,
+)
+from segue.errors import ConfigError
+from segue.v1 import transfer_pb2 as pb
+
+HERE = host_identity()
+ELSEWHERE = pb.HostIdentity(boot_id="another", pid_namespace=HERE.pid_namespace)
+
+
+@pytest.mark.parametrize(
+    ("offered", "accepted", "host", "chosen"),
+    [
+        (["shm", "tcp"], ["shm", "tcp"], HERE, "shm"),
+        (["shm", "tcp"], ["shm", "tcp"], ELSEWHERE, "tcp"),
+        (["tcp"], ["shm", "tcp"], HERE, "tcp"),
+        (["shm", "tcp"], ["tcp"], HERE, "tcp"),
+        (["shm"], ["tcp"], HERE, None),
+        (["shm"], ["shm"], ELSEWHERE, None),
+        ([], ["shm", "tcp"], HERE, None),
+        (["smoke signals", "local"], ["shm", "tcp", "local"], HERE, None),
+    ],
+)
+def test_transport_is_the_best_that_both_have(offered, accepted, host, chosen):
+    assert choose_transport(pb.Hello(host=host, transports=offered), HERE, accepted) == chosen
+
+
+@pytest.mark.parametrize("transports", [(), ("rdma",), ("tcp", "local")])
+def test_unknown_transports_are_refused(transports):
+    with pytest.raises(ConfigError, match="kv_transport"):
+        check_transports(transports)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30))
+def test_runs_cover_everything_once_and_count_up(pairs):
+    columns = [left for left, _ in pairs], [right for _, right in pairs]
+    runs = list(contiguous_runs(*columns))
+    assert [position for start, length in runs for position in range(start, start + length)] == list(range(len(pairs)))
+    for start, length in runs:
+        for column in columns:
+            assert column[start : start + length] == list(range(column[start], column[start] + length))
+    for (start, length), (following, _) in zip(runs, runs[1:], strict=False):
+        assert any(column[following] != column[start + length - 1] + 1 for column in columns)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 1200), st.sampled_from([64, 24_576, MAX_PUSH_BYTES, 3 * MAX_PUSH_BYTES]))
+def test_chunks_are_bounded_and_complete(num_blocks, region_bytes):
+    block_ids = [7 * index for index in range(num_blocks)]
+    blocks = [(1000 + index, index) for index in range(num_blocks)]
+    chunks = list(plan_chunks(2, blocks, block_ids, region_bytes))
+    assert [pair for chunk in chunks for pair in zip(chunk.sources, chunk.indices, strict=True)] == blocks
+    for chunk in chunks:
+        assert chunk.targets == tuple(block_ids[index] for index in chunk.indices)
+        assert len(chunk.sources) <= MAX_PUSH_BLOCKS
+        assert len(chunk.sources) == 1 or len(chunk.sources) * region_bytes <= MAX_PUSH_BYTES
