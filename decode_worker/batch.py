@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from decode_worker.job import DecodeJob
 from engine.block_pool import BlockPool
-from engine.engine import Chunk
+from engine.step import Chunk
 from segue.kv_layout import KVLayout
 from segue.prefix import block_hashes
 

@@ -15,8 +15,9 @@ from contextlib import suppress
 
 from decode_worker.batch import DecodeBatch
 from decode_worker.job import DecodeJob
-from engine.engine import Chunk, Engine
+from engine.engine import Engine
 from engine.sequence import Sequence
+from engine.step import Chunk
 from kv_transfer.receiver import Arrival, Incoming, KVReceiver
 from segue.errors import InternalError, InvalidRequest, SegueError, TransferError
 from segue.jobs import JobTable
@@ -102,14 +103,13 @@ class DecodeService:
             block_hashes=block_hashes(token_ids, layout.block_size),
         )
         self._waiting.append(job)
-        self._jobs.start(job, self._serve(job))
+        self._jobs.start(job, self._serve(job), self._release)
         self._admit()
 
     async def _serve(self, job: DecodeJob) -> None:
-        incoming: Incoming | None = None
         try:
             await job.admitted
-            incoming = self._expect(job)
+            incoming = job.incoming = self._expect(job)
             job.link.send(pb.LinkResponse(decode_reserved=pb.DecodeReserved(key=job.key, ticket=incoming.ticket)))
             arrival = await incoming.arrival()
             cached_tokens = self._take_over(job, arrival)
@@ -128,8 +128,6 @@ class DecodeService:
         except SegueError as error:
             self._num_failed_transfers += isinstance(error, TransferError)
             job.link.send_failed(job.key, error)
-        finally:
-            await self._release(job, incoming)
 
     def _expect(self, job: DecodeJob) -> Incoming:
         if job.is_local:
@@ -155,14 +153,14 @@ class DecodeService:
         self._wake.set()
         return cached_tokens
 
-    async def _release(self, job: DecodeJob, incoming: Incoming | None) -> None:
+    async def _release(self, job: DecodeJob) -> None:
         """Takes the job out of every queue, waits until nothing can write its blocks, and gives them back."""
         with suppress(ValueError):
             self._waiting.remove(job)
         self._batch.remove(job)
         await job.idle.wait()
-        if incoming is not None:
-            await incoming.fence()
+        if job.incoming is not None:
+            await job.incoming.fence()
         if job.sequence.lease is not None:
             self._engine.pool.release(job.sequence.lease)
         self._wakeups.notify()

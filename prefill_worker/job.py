@@ -28,9 +28,11 @@ class PrefillJob:
     cached_tokens: int = 0
     num_published_blocks: int = 0
     first_token: asyncio.Future[GeneratedToken] = field(default_factory=asyncio.Future)
-    # The open push, once the ticket came and the decode worker answered.
+    # Done when the ticket came and the decode worker answered.
     push: asyncio.Future[Push] = field(default_factory=asyncio.Future)
     opening: asyncio.Task[None] | None = None
+    # Must be abandoned before the blocks are given back, whatever became of the job.
+    opened_push: Push | None = None
     # Clear while a step computes this sequence: its blocks are being written.
     idle: asyncio.Event = field(default_factory=event_that_is_set)
 

@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
 
-from engine.engine import Chunk, Engine
+from engine.engine import Engine
 from engine.sequence import Sequence
+from engine.step import Chunk
 from kv_transfer.sender import KVSender
 from prefill_worker.job import PrefillJob
 from prefill_worker.outgoing import OutgoingKV
@@ -101,7 +102,7 @@ class PrefillService:
             outgoing=OutgoingKV(layout, len(token_ids)),
         )
         self._waiting.append(job)
-        self._jobs.start(job, self._serve(job))
+        self._jobs.start(job, self._serve(job), self._release)
         self._wake.set()
 
     async def _serve(self, job: PrefillJob) -> None:
@@ -124,8 +125,6 @@ class PrefillService:
         except SegueError as error:
             self._num_failed_transfers += isinstance(error, TransferError)
             job.link.send_failed(job.key, error)
-        finally:
-            await self._release(job)
 
     async def _hand_over(self, job: PrefillJob, token: GeneratedToken) -> None:
         push = await job.push
@@ -141,8 +140,8 @@ class PrefillService:
         if job.opening is not None:
             job.opening.cancel()
             await asyncio.gather(job.opening, return_exceptions=True)
-        if job.push.done() and job.push.exception() is None:
-            await job.push.result().abandon("the prefill leg ended")
+        if job.opened_push is not None:
+            await job.opened_push.abandon("the prefill leg ended")
         if job.sequence.lease is not None:
             self._engine.pool.release(job.sequence.lease)
         self._wakeups.notify()
@@ -158,8 +157,10 @@ class PrefillService:
         except SegueError as error:
             job.fail(error)
         else:
-            job.push.set_result(push)
+            job.opened_push = push
             job.outgoing.attach(push, ticket.first_block)
+            if not job.push.done():  # it is, when the job was cancelled while it waited
+                job.push.set_result(push)
 
     # The loop
 
@@ -226,7 +227,8 @@ class PrefillService:
             if token is not None:
                 self._num_prefilled_tokens += job.sequence.num_prompt_tokens - job.cached_tokens
                 self._stop_computing(job)
-                job.first_token.set_result(token)
+                if not job.first_token.done():  # it is, when the job was cancelled during the step
+                    job.first_token.set_result(token)
 
     def _publish(self, job: PrefillJob) -> None:
         """Makes the blocks that became full available to later prompts with the same beginning."""

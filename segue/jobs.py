@@ -1,10 +1,11 @@
-"""The sequences that a leg serves: one task each, found by key, cancelled once, counted until they hold nothing."""
+"""The sequences that a leg serves: one task each, found by key, cancelled at any time, counted until they hold nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from segue.errors import InternalError
@@ -25,59 +26,76 @@ class Job(Protocol):
 JobT = TypeVar("JobT", bound=Job)
 
 
+@dataclass(eq=False, slots=True)
+class _Entry(Generic[JobT]):
+    job: JobT
+    task: asyncio.Task[None] | None = None
+    # From here on the task cannot be cancelled any more.
+    is_releasing: bool = False
+
+
 class JobTable(Generic[JobT]):
-    """Every job has a task that serves it from start to release; when the task ends, the job holds nothing any more."""
+    """Every job has a task that serves and then releases it; when the task ends, the job holds nothing any more."""
 
     def __init__(self) -> None:
-        # Same keys in both. A task is cancelled at most once, so that its clean-up may await.
-        self._jobs: dict[SequenceId, JobT] = {}
-        self._tasks: dict[SequenceId, asyncio.Task[None]] = {}
-        self._cancelled: set[SequenceId] = set()
+        self._entries: dict[SequenceId, _Entry[JobT]] = {}
         # Set while there are no jobs.
         self._empty = event_that_is_set()
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._entries)
 
-    def __iter__(self) -> Iterator[JobT]:
-        return iter(list(self._jobs.values()))
+    def start(self, job: JobT, service: Coroutine[None, None, None], release: Callable[[JobT], Awaitable[None]]) -> None:
+        """Runs `service`, which a cancellation may end at any await, then `release`, which nothing interrupts.
 
-    def start(self, job: JobT, service: Coroutine[None, None, None]) -> None:
-        """Serves `job`. A key that is already there fails the newcomer and leaves the first alone."""
+        A key that is already there fails the newcomer and leaves the first alone.
+        """
         key = sequence_id(job.key)
-        if key in self._jobs:
+        if key in self._entries:
             service.close()
             job.link.send_failed(job.key, InternalError(f"sequence {key} is already being served here"))
             return
-        self._jobs[key] = job
+        self._entries[key] = entry = _Entry(job)
         self._empty.clear()
-        self._tasks[key] = task = asyncio.create_task(service)
-        task.add_done_callback(lambda task: self._on_done(job, task))
+        entry.task = asyncio.create_task(self._live(entry, service, release))
+        entry.task.add_done_callback(lambda task: self._on_done(key, job, task))
 
     def get(self, key: pb.SequenceKey) -> JobT | None:
-        return self._jobs.get(sequence_id(key))
+        entry = self._entries.get(sequence_id(key))
+        return entry.job if entry is not None else None
 
     def cancel(self, key: pb.SequenceKey) -> None:
-        found = sequence_id(key)
-        if found in self._tasks and found not in self._cancelled:
-            self._cancelled.add(found)
-            # Not at once: a task that is cancelled before its first step never reaches its clean-up.
-            asyncio.get_running_loop().call_soon(self._tasks[found].cancel)
+        if (entry := self._entries.get(sequence_id(key))) is not None:
+            # Not at once: a task that is cancelled before its first step never reaches its release.
+            asyncio.get_running_loop().call_soon(self._cancel, entry)
 
     def drop(self, link: RouterLink) -> None:
-        for job in self:
-            if job.link is link:
-                self.cancel(job.key)
+        for entry in self._entries.values():
+            if entry.job.link is link:
+                self.cancel(entry.job.key)
 
     async def wait_empty(self) -> None:
         """Returns when every job is released."""
         await self._empty.wait()
 
-    def _on_done(self, job: JobT, task: asyncio.Task[None]) -> None:
-        key = sequence_id(job.key)
-        del self._jobs[key], self._tasks[key]
-        self._cancelled.discard(key)
-        if not self._jobs:
+    @staticmethod
+    def _cancel(entry: _Entry[JobT]) -> None:
+        if entry.task is not None and not entry.is_releasing:
+            entry.task.cancel()
+
+    @staticmethod
+    async def _live(
+        entry: _Entry[JobT], service: Coroutine[None, None, None], release: Callable[[JobT], Awaitable[None]]
+    ) -> None:
+        try:
+            await service
+        finally:
+            entry.is_releasing = True
+            await release(entry.job)
+
+    def _on_done(self, key: SequenceId, job: JobT, task: asyncio.Task[None]) -> None:
+        del self._entries[key]
+        if not self._entries:
             self._empty.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("serving sequence %s failed", key, exc_info=error)

@@ -1,5 +1,9 @@
+from __future__ import annotations
+
 import asyncio
 from dataclasses import dataclass, field
+
+import pytest
 
 from segue.jobs import JobTable
 from segue.v1 import worker_pb2 as pb
@@ -14,11 +18,12 @@ class FakeJob:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def serve(self) -> None:
-        try:
-            await self.gate.wait()
-        finally:
-            await asyncio.sleep(0)  # clean-up may await
-            self.released.append("released")
+        await self.gate.wait()
+
+    async def release(self, job: FakeJob) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self.released.append("released")
 
 
 def make_job(name: str = "a", link: RouterLink | None = None) -> FakeJob:
@@ -28,7 +33,7 @@ def make_job(name: str = "a", link: RouterLink | None = None) -> FakeJob:
 async def test_a_job_ends_by_itself_and_the_table_is_empty() -> None:
     table: JobTable[FakeJob] = JobTable()
     job = make_job()
-    table.start(job, job.serve())
+    table.start(job, job.serve(), job.release)
     assert len(table) == 1
     assert table.get(job.key) is job
     job.gate.set()
@@ -39,18 +44,22 @@ async def test_a_job_ends_by_itself_and_the_table_is_empty() -> None:
 async def test_a_job_cancelled_before_its_first_step_still_cleans_up() -> None:
     table: JobTable[FakeJob] = JobTable()
     job = make_job()
-    table.start(job, job.serve())
+    table.start(job, job.serve(), job.release)
     table.cancel(job.key)
     await table.wait_empty()
     assert job.released == ["released"]
 
 
-async def test_cancelling_again_does_not_interrupt_the_clean_up() -> None:
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+async def test_a_release_is_never_interrupted(ends_by_itself: bool) -> None:
     table: JobTable[FakeJob] = JobTable()
     job = make_job()
-    table.start(job, job.serve())
+    table.start(job, job.serve(), job.release)
     await asyncio.sleep(0)
-    for _ in range(3):
+    if ends_by_itself:
+        job.gate.set()
+        await asyncio.sleep(0)
+    for _ in range(4):
         table.cancel(job.key)
         await asyncio.sleep(0)
     await table.wait_empty()
@@ -62,9 +71,9 @@ async def test_a_broken_link_drops_its_own_jobs_only() -> None:
     mine, other = RouterLink("mine"), RouterLink("other")
     jobs = [make_job("a", mine), make_job("b", mine), make_job("c", other)]
     for job in jobs:
-        table.start(job, job.serve())
+        table.start(job, job.serve(), job.release)
     table.drop(mine)
-    for _ in range(5):  # steps of the loop that cancelling and clean-up take
+    for _ in range(9):  # steps of the loop that cancelling and clean-up take
         await asyncio.sleep(0)
     assert [bool(job.released) for job in jobs] == [True, True, False]
     table.cancel(jobs[2].key)
@@ -74,8 +83,8 @@ async def test_a_broken_link_drops_its_own_jobs_only() -> None:
 async def test_a_key_that_is_taken_fails_the_newcomer() -> None:
     table: JobTable[FakeJob] = JobTable()
     first, second = make_job(), make_job()
-    table.start(first, first.serve())
-    table.start(second, second.serve())
+    table.start(first, first.serve(), first.release)
+    table.start(second, second.serve(), second.release)
     message = await second.link.next_message()
     assert message.failed.code == "internal"
     assert table.get(first.key) is first
@@ -89,7 +98,7 @@ async def test_a_defect_becomes_an_error_at_the_router() -> None:
 
     table: JobTable[FakeJob] = JobTable()
     job = make_job()
-    table.start(job, explode())
+    table.start(job, explode(), job.release)
     await table.wait_empty()
     message = await job.link.next_message()
     assert (message.failed.code, message.failed.message) == ("internal", "ValueError: boom")
