@@ -38,12 +38,12 @@ class FakeSequenceServer:
         self.missing: list[str] = []
         self.max_tokens: int | None = 10_000
         self.workers: list[pb.WorkerStatus] = []
-        # Set whenever a sequence ended, in whichever way.
-        self.ended = asyncio.Event()
+        self._changed = asyncio.Event()
 
     async def serve(self, request: SequenceRequest, path: SequencePath) -> AsyncGenerator[TokenStep, None]:
         self.requests.append(request)
         self.active.add(request.sequence_id)
+        self._changed.set()
         outcome, phase = self.cancelled, Phase.CANCELLED
         try:
             self._assign(path)
@@ -59,7 +59,13 @@ class FakeSequenceServer:
             self.active.discard(request.sequence_id)
             outcome.append(request.sequence_id)
             path.lifecycle.enter(phase)
-            self.ended.set()
+            self._changed.set()
+
+    async def until(self, holds: Callable[[FakeSequenceServer], bool]) -> None:
+        """Waits until sequences have come or gone so that `holds` does. For one waiter at a time."""
+        while not holds(self):
+            self._changed.clear()
+            await self._changed.wait()
 
     async def _play(self, request: SequenceRequest) -> AsyncGenerator[TokenStep, None]:
         for item in self.script(request):

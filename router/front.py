@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 import time
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -107,7 +108,7 @@ class Front:
         try:
             await web.TCPSite(runner, host, port, reuse_address=True).start()
         except OSError as error:
-            raise _cannot_listen(host, port, "http_port", in_use=error.errno == errno.EADDRINUSE, why=str(error)) from None
+            raise _cannot_listen(host, port, "http_port", error) from None
         self._http_port = runner.addresses[0][1]
         return runner
 
@@ -116,9 +117,14 @@ class Front:
         add_services(server, self._service)
         host, port = self._settings.host, self._settings.grpc_port
         try:
+            # gRPC itself does not tell why it cannot listen.
+            with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+                pass
             self._grpc_port = server.add_insecure_port(_address(host, port))
+        except OSError as error:
+            raise _cannot_listen(host, port, "grpc_port", error) from None
         except RuntimeError as error:
-            raise _cannot_listen(host, port, "grpc_port", in_use="in use" in str(error), why=str(error)) from None
+            raise ConfigError(f"cannot listen on {_address(host, port)}: {error}", field="grpc_port") from None
         await server.start()
         exits.push_async_callback(server.stop, None)
         return server
@@ -132,7 +138,7 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _cannot_listen(host: str, port: int, setting: str, *, in_use: bool, why: str) -> ConfigError:
-    flag = "--" + setting.replace("_", "-")
-    problem = f"port {port} is in use on {host}" if in_use else f"cannot listen on {_address(host, port)}: {why}"
-    return ConfigError(f"{problem}; set {flag} to another port, or 0 for any free one", field=setting)
+def _cannot_listen(host: str, port: int, setting: str, error: OSError) -> ConfigError:
+    in_use = error.errno == errno.EADDRINUSE
+    problem = f"port {port} is in use on {host}" if in_use else f"cannot listen on {_address(host, port)}: {error}"
+    return ConfigError(f"{problem}; set --{setting.replace('_', '-')} to another port, or 0 for any free one", field=setting)

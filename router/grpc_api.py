@@ -118,7 +118,7 @@ class InferenceServicer:
 
     async def _encode_chat(self, chat: pb.Chat) -> list[int]:
         if not chat.messages:
-            raise InvalidRequest("chat", "has no messages")
+            raise InvalidRequest("messages", "is empty; a chat has at least one message")
         for message in chat.messages:
             if message.role not in {"system", "user", "assistant"}:
                 raise InvalidRequest("role", f"must be system, user or assistant, not {message.role!r}")

@@ -52,7 +52,7 @@ class Readiness:
         self._canary_limit_s = canary_limit_s
         self._canary: asyncio.Task[ReadinessReport] | None = None
         self._last: tuple[float, ReadinessReport] | None = None
-        self._is_draining = False
+        self.is_draining = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -66,10 +66,10 @@ class Readiness:
 
     def drain(self) -> None:
         """From now on not ready: no new requests are wanted."""
-        self._is_draining = True
+        self.is_draining = True
 
     async def check(self) -> ReadinessReport:
-        if self._is_draining:
+        if self.is_draining:
             return ReadinessReport(False, "this router is shutting down")
         if missing := self._server.missing_roles():
             return ReadinessReport(False, f"no live worker for {' and '.join(missing)}", tuple(missing))

@@ -38,7 +38,7 @@ class Service:
     def check_model(self, name: str) -> None:
         """Raises ModelNotFound unless `name` is the model served here."""
         if name != self.model_name:
-            raise ModelNotFound(f"model: {name!r} is not served here; {self.model_name!r} is", field="model")
+            raise ModelNotFound(f"model: {name[:100]!r} is not served here; {self.model_name!r} is", field="model")
 
     async def encode_text(self, text: str) -> list[int]:
         if len(text) <= _INLINE_CHARACTERS:

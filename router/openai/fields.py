@@ -34,6 +34,9 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "verbosity": ("medium",),
 }
 
+# A name that the client made up is not sent back at any length.
+_MAX_PATH = 100
+
 RequestModel = TypeVar("RequestModel", bound=BaseModel)
 
 
@@ -84,4 +87,4 @@ def _path(location: tuple[int | str, ...]) -> str:
     path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path or "body"
+    return path[:_MAX_PATH] or "body"

@@ -86,7 +86,7 @@ async def test_chat_renders_the_template(serve: ServeFront, say: Say, tokenizer:
                 json=chat(messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]),
             )
         ).json()
-        prompt = bytes().join(map(tokenizer.vocabulary.token_bytes, running.core.requests[0].prompt_token_ids)).decode()
+        prompt = b"".join(map(tokenizer.vocabulary.token_bytes, running.core.requests[0].prompt_token_ids)).decode()
     assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello\nworld<|im_end|>")
     assert body["object"] == "chat.completion"
     [choice] = body["choices"]
@@ -103,7 +103,7 @@ async def test_streamed_and_whole_text_agree(text: str, serve: ServeFront, say: 
         whole_chat = (await running.http.post("/v1/chat/completions", json=chat(**options))).json()
         chat_events = await stream_events(running.http, "/v1/chat/completions", chat(**options))
     assert events.pop() == chat_events.pop() == "[DONE]"
-    assert whole["choices"][0]["text"] == text.split("STOP ")[0]
+    assert whole["choices"][0]["text"] == text.partition("STOP ")[0]
     assert "".join(event["choices"][0]["text"] for event in events) == whole["choices"][0]["text"]
     assert "�" not in whole["choices"][0]["text"]
     deltas = [event["choices"][0]["delta"] for event in chat_events]
@@ -271,12 +271,11 @@ async def test_a_client_that_goes_away_cancels_its_request(serve: ServeFront, to
 
     async with serve(script) as running:
         for stream in (True, False):
-            running.core.ended.clear()
             task = asyncio.create_task(_read_until_stuck(running, completion(stream=stream, n=3)))
-            await _until(lambda: len(running.core.active) == 3)
+            await running.core.until(lambda core: len(core.active) == 3)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            await _until(lambda: not running.core.active)
+            await running.core.until(lambda core: not core.active)
         assert len(running.core.cancelled) == 6
         metrics = (await running.http.get("/metrics")).text
         assert 'segue_requests_total{api="completions",outcome="cancelled"} 2.0' in metrics
@@ -288,12 +287,6 @@ async def _read_until_stuck(running: RunningFront, body: dict[str, Any]) -> None
         async with http.stream("POST", "/v1/completions", json=body) as response:
             async for _ in response.aiter_lines():
                 pass
-
-
-async def _until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 async def test_an_error_before_the_first_token_has_its_status(serve: ServeFront) -> None:
