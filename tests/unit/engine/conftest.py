@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from engine.engine import Engine
 from engine.layout import kv_layout
 from engine.sequence import Sequence

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 import torch
+
 from engine.engine import Engine
 from engine.step import Chunk, prepare_step
 
