@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -16,7 +15,7 @@ from router.merge import merge
 from router.metrics import RequestMeter
 from router.openai.errors import REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request_id
 from router.openai.fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, parse_body
-from router.openai.responses import CHAT, COMPLETION, Answer, Endpoint
+from router.openai.responses import CHAT, COMPLETION, Answer, Endpoint, to_json
 from router.openai.schema import ChatRequest, CompletionRequest
 from router.openai.stream import NumberedEvents, stream_answer
 from router.options import GenerationSpec
@@ -140,6 +139,5 @@ class _Handlers:
 
 
 def _json(body: Mapping[str, Any], status: int = 200) -> web.Response:
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     headers = {"Retry-After": RETRY_AFTER_S} if status == Unavailable.http_status else {}
-    return web.Response(text=text, status=status, headers=headers, content_type="application/json")
+    return web.Response(text=to_json(body), status=status, headers=headers, content_type="application/json")

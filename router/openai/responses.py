@@ -13,6 +13,10 @@ from router.options import GenerationSpec
 from router.text import Tokenizer
 
 
+# Made once: json.dumps with these options would make an encoder for each token.
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 class _ChatChoice:
     """One choice of a chat completion, read output by output."""
 
@@ -159,7 +163,7 @@ class Answer:
 
 def sse(payload: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {to_json(payload)}\n\n".encode()
 
 
 SSE_DONE = b"data: [DONE]\n\n"

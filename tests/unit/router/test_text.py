@@ -61,6 +61,17 @@ def test_a_character_split_over_tokens_appears_once_complete(tokenizer: Tokenize
     assert [detokenizer.push([token_id]) for token_id in token_ids] == ["", "", "", "🦊"]
 
 
+def test_what_is_held_back_does_not_grow(tokenizer: Tokenizer) -> None:
+    """The state after any number of tokens is at most the three bytes of an incomplete character."""
+    detokenizer = tokenizer.detokenizer(continues=True)
+    lead, *continuation = tokenizer.encode("🦊")
+    for token_id in [lead] * 50 + continuation[:2] * 50 + [lead, *continuation[:2]]:
+        detokenizer.push([token_id])
+        held, _ = detokenizer._utf8.getstate()
+        assert len(held) <= 3
+    assert len(held) == 3
+
+
 def test_special_tokens_show_nothing(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([0, *tokenizer.encode("fox"), 1]) == "fox"
 
