@@ -12,7 +12,6 @@ from router.openai.logprobs import ChatLogprobs, CompletionLogprobs
 from router.options import GenerationSpec
 from router.text import Tokenizer
 
-
 # Made once: json.dumps with these options would make an encoder for each token.
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
