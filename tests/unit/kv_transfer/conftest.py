@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -53,5 +53,5 @@ async def pair() -> AsyncIterator[Pair]:
 
 
 @pytest.fixture(params=["shm", "tcp"])
-def transport(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield request.param
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

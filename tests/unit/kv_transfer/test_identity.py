@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 
 import pytest
@@ -27,13 +26,13 @@ def test_one_host_is_one_kernel_and_one_view_of_its_processes():
 
 
 async def test_death_is_noticed():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE)
     died = asyncio.Event()
     ProcessWatch(process.pid, process_start_time(process.pid), died.set)
     assert not died.is_set()
     process.kill()
     await asyncio.wait_for(died.wait(), 30)
-    process.communicate()
+    await process.wait()
 
 
 async def test_a_pid_used_again_is_another_process():
@@ -42,8 +41,9 @@ async def test_a_pid_used_again_is_another_process():
 
 
 async def test_a_dead_process_cannot_be_watched():
-    process = subprocess.Popen([sys.executable, "-c", ""])
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE)
     start_time = process_start_time(process.pid)
-    process.wait()
+    process.kill()
+    await process.wait()
     with pytest.raises(ProcessLookupError):
         ProcessWatch(process.pid, start_time, lambda: None)

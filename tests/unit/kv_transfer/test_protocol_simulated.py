@@ -213,7 +213,7 @@ def play_on(simulation: Simulation) -> None:
             simulation.step(getattr(simulation, name), 0)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.sampled_from(["shm", "tcp"]), STEPS)
 def test_whatever_happens_no_write_lands_in_blocks_taken_back_and_nothing_wrong_arrives(transport, steps):
     simulation = Simulation(transport)
@@ -230,7 +230,7 @@ def test_whatever_happens_no_write_lands_in_blocks_taken_back_and_nothing_wrong_
 GENTLE = st.lists(st.tuples(st.sampled_from([*ORDERLY_NAMES, "deliver_in_order"]), st.just(0)), max_size=60)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(["shm", "tcp"]), GENTLE)
 def test_in_order_and_without_losses_everything_arrives(transport, steps):
     simulation = Simulation(transport)
@@ -242,7 +242,7 @@ def test_in_order_and_without_losses_everything_arrives(transport, steps):
     assert simulation.sender.num_bytes == NUM_LAYERS * NUM_BLOCKS * 8
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(["shm", "tcp"]), GENTLE, st.sampled_from(["abandon", "take_back"]))
 def test_without_losses_both_sides_end_and_the_fence_needs_no_death(transport, steps, end):
     simulation = Simulation(transport)

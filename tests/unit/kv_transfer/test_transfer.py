@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kv_transfer.protocol import ReceivingTicket
 from segue.v1 import transfer_pb2 as pb
 
 _UVLOOP_PROGRAM = """
@@ -181,18 +182,25 @@ async def test_source_blocks_never_leave_their_process(pair, transport):
     await committing
 
 
-async def test_leases_are_renewed_while_a_push_is_open(pair, transport):
+async def test_leases_are_renewed_while_a_push_is_open(pair, transport, monkeypatch):
     now_s = [0.0]
+    renewed = asyncio.Event()
+    honest = ReceivingTicket.renew
+
+    def renew(state: ReceivingTicket, writer: object, at_s: float) -> Any:
+        renewed.set()
+        return honest(state, writer, at_s)
+
+    monkeypatch.setattr(ReceivingTicket, "renew", renew)
     receiver = await pair.receiver(lease_ms=60, clock=lambda: now_s[0])
     sender = await pair.sender(transports=(transport,))
     incoming = receiver.expect(0, [1])
     push = await sender.open(incoming.ticket)
-    state = incoming.state
     for _ in range(5):
         now_s[0] += 0.05
-        async with asyncio.timeout(30):
-            while state.heard_s != now_s[0]:
-                await asyncio.sleep(0.005)
+        renewed.clear()
+        await asyncio.wait_for(renewed.wait(), 30)
+        assert incoming.state.heard_s == now_s[0]
     await hand_over(incoming, push, [2], pair.layout.num_layers)
 
 

@@ -149,6 +149,7 @@ async def test_the_fence_waits_for_a_write_in_place_that_is_under_way(pair, monk
 
     monkeypatch.setattr(ShmWriter, "write", slow)
     push.send(0, [(0, 0)])
+    push.send(1, [(0, 0)])
     await begun.wait()
     fencing = asyncio.create_task(incoming.fence())
     abandoning = asyncio.create_task(push.abandon("cancelled"))
@@ -157,6 +158,8 @@ async def test_the_fence_waits_for_a_write_in_place_that_is_under_way(pair, monk
     assert not abandoning.done()
     may_go_on.set()
     await asyncio.wait_for(asyncio.gather(fencing, abandoning), TIMEOUT_S)
+    assert any(pair.target.region(0, 1))
+    assert not any(pair.target.region(1, 1)), "a write was begun after the ticket was taken back"
 
 
 @pytest.mark.parametrize("rounds", [25])
@@ -445,6 +448,101 @@ async def test_a_closed_sender_ends_what_is_open(pair, transport):
     with pytest.raises(TransferError, match="closed"):
         await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
     await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
+
+
+class RawReceiver:
+    """Answers a sender frame by frame, well or badly."""
+
+    def __init__(self, context: zmq.asyncio.Context) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.bind("tcp://127.0.0.1:*")
+        self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._connection = b""
+
+    async def receive(self, kind: str) -> Any:
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                self._connection, data, *_ = await self.socket.recv_multipart()
+                frame = pb.TransferFrame.FromString(data)
+                if frame.HasField(kind):
+                    return getattr(frame, kind)
+
+    async def send(self, **message: Any) -> None:
+        await self.send_bytes(pb.TransferFrame(**message).SerializeToString())
+
+    async def send_bytes(self, data: bytes) -> None:
+        await self.socket.send_multipart([self._connection, data])
+
+    def ticket(self, pair: Any) -> pb.Ticket:
+        return pb.Ticket(
+            ticket_id=1,
+            decode_worker_id="raw",
+            decode_epoch=1,
+            endpoint=self.endpoint,
+            layout_fingerprint=pair.layout.fingerprint(),
+            block_ids=[0],
+            lease_ms=60_000,
+        )
+
+
+@pytest.fixture
+async def raw_receiver() -> AsyncIterator[RawReceiver]:
+    context = zmq.asyncio.Context()
+    try:
+        yield RawReceiver(context)
+    finally:
+        context.destroy(linger=0)
+
+
+async def test_every_revoke_is_answered(pair, raw_receiver):
+    sender = await pair.sender()
+    opening = asyncio.create_task(sender.open(raw_receiver.ticket(pair)))
+    await raw_receiver.receive("hello")
+    await raw_receiver.send(welcome=pb.Welcome(worker_id="raw", epoch=1, transport="tcp"))
+    await raw_receiver.receive("open")
+    await raw_receiver.send(revoke=pb.Revoke(ticket_id=99))
+    assert (await raw_receiver.receive("revoked")).ticket_id == 99
+    await raw_receiver.send(opened=pb.Opened(ticket_id=1))
+    push = await opening
+    await raw_receiver.send(revoke=pb.Revoke(ticket_id=1, code="lease_expired", reason="too slow"))
+    assert (await raw_receiver.receive("revoked")).ticket_id == 1
+    with pytest.raises(LeaseExpired, match="too slow"):
+        await push.commit(1)
+
+
+async def test_a_receiver_that_does_not_answer_is_given_up(pair, raw_receiver, monkeypatch):
+    monkeypatch.setattr("kv_transfer.sender._OPEN_TIMEOUT_S", 0.05)
+    sender = await pair.sender()
+    with pytest.raises(TransferError, match="did not answer"):
+        await sender.open(raw_receiver.ticket(pair))
+    await raw_receiver.receive("hello")
+
+
+@pytest.mark.parametrize(
+    ("welcome", "problem"),
+    [
+        (pb.Welcome(worker_id="raw", epoch=2, transport="tcp"), "epoch 2"),
+        (pb.Welcome(worker_id="another", epoch=1, transport="tcp"), "another"),
+        (pb.Welcome(worker_id="raw", epoch=1, transport="rdma"), "not offered"),
+        (pb.Welcome(worker_id="raw", epoch=1, refusal="we do not match"), "we do not match"),
+    ],
+)
+async def test_a_wrong_welcome_is_refused(pair, raw_receiver, welcome, problem):
+    sender = await pair.sender()
+    opening = asyncio.create_task(sender.open(raw_receiver.ticket(pair)))
+    await raw_receiver.receive("hello")
+    await raw_receiver.send(welcome=welcome)
+    with pytest.raises(TransferRefused, match=problem):
+        await opening
+
+
+async def test_garbage_from_a_receiver_ends_the_connection(pair, raw_receiver):
+    sender = await pair.sender()
+    opening = asyncio.create_task(sender.open(raw_receiver.ticket(pair)))
+    await raw_receiver.receive("hello")
+    await raw_receiver.send_bytes(b"\xff\xff")
+    with pytest.raises(TransferError, match="no transfer frame"):
+        await opening
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:1", "nonsense", "inproc://x", ""])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +54,7 @@ def test_runs_cover_everything_once_and_count_up(pairs):
     for start, length in runs:
         for column in columns:
             assert column[start : start + length] == list(range(column[start], column[start] + length))
-    for (start, length), (following, _) in zip(runs, runs[1:], strict=False):
+    for (start, length), (following, _) in itertools.pairwise(runs):
         assert any(column[following] != column[start + length - 1] + 1 for column in columns)
 
 
