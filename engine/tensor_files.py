@@ -51,11 +51,12 @@ class TensorFiles:
 
 def _indexed_files(index: Path) -> list[Path]:
     weight_map = JsonFields.read(index).child("weight_map")
+    if not weight_map.values:
+        raise ModelFileError(f"{index}: weight_map: is empty")
     names = {weight_map.get(tensor) for tensor in weight_map.values}
     for name in names:
-        # A file beside the index and nowhere else.
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ModelFileError(f"{index}: weight_map: {name!r} is not the name of a file beside it")
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelFileError(f"{index}: weight_map: {name!r} is not the name of a .safetensors file beside it")
     return [index.parent / str(name) for name in sorted(names)]
 
 

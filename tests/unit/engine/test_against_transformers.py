@@ -40,3 +40,8 @@ def test_logits_are_those_of_transformers(name, checkpoint, prompts):
             with torch.inference_mode():
                 logits = engine._decoder.forward(step)[0]
             torch.testing.assert_close(logits, model.logits(prompt), rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_as_transformers_writes_it_limits_the_context(checkpoint):
+    assert checkpoint("mistral_window").config.max_context == 64
+    assert checkpoint("mistral").config.max_context == 512
