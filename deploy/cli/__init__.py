@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from deploy.cli.chat import chat
 from deploy.cli.doctor import doctor
+from deploy.cli.generate import generate
 from deploy.cli.models import app as models_app
+from deploy.cli.status import status
 from deploy.cli.up import up
 
 app = typer.Typer(
@@ -36,6 +39,9 @@ def _options(
 
 
 app.command()(up)
+app.command()(generate)
+app.command()(chat)
+app.command()(status)
 app.command()(doctor)
 app.add_typer(models_app, name="models")
 

@@ -20,7 +20,9 @@ from segue.client.channel import DEFAULT_ADDRESS
 from segue.errors import SegueError, Unreachable
 
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "lost": "red"}
-_BAR_WIDTH = 12
+# Characters.
+_WIDE_BAR, _NARROW_BAR = 12, 8
+_WIDE_TERMINAL = 110
 _PIPED_WIDTH = 200
 
 
@@ -32,8 +34,8 @@ def status(
 ) -> None:
     """Show the cluster's workers: roles, state, load and KV cache.
 
-    `queued` counts prompt tokens not yet computed. The bar shows KV blocks: █ held by requests, ▒ cached prefixes that
-    may be reclaimed, · free.
+    Requests run or wait; `queued` counts prompt tokens not yet computed. The bar shows KV blocks: █ held by requests,
+    ▒ cached prefixes that may be reclaimed, · free.
     """
     with connected(address) as client:
         first = client.status()
@@ -42,13 +44,18 @@ def status(
         elif watch:
             _watch(client, first, interval_s)
         else:
-            _console().print(render(first))
+            console = _console()
+            console.print(render(first, wide=_is_wide(console)))
 
 
 def _console() -> Console:
     console = Console(highlight=False)
     # No terminal, no width: a table that is piped on keeps one line for each worker.
     return console if console.is_terminal else Console(highlight=False, width=_PIPED_WIDTH)
+
+
+def _is_wide(console: Console) -> bool:
+    return console.width >= _WIDE_TERMINAL
 
 
 def _print_json(client: Client, first: ClusterStatus, *, watch: bool, interval_s: float) -> None:
@@ -61,39 +68,43 @@ def _print_json(client: Client, first: ClusterStatus, *, watch: bool, interval_s
 
 def _watch(client: Client, first: ClusterStatus, interval_s: float) -> None:
     """A cluster that goes away is said to be away, and shown again when it is back."""
-    with suppress(KeyboardInterrupt), Live(render(first), console=_console(), auto_refresh=False) as live:
+    console = _console()
+    shown = render(first, wide=_is_wide(console))
+    with suppress(KeyboardInterrupt), Live(shown, console=console, auto_refresh=False) as live:
         while True:
             time.sleep(interval_s)
-            live.update(_look(client), refresh=True)
+            live.update(_look(client, wide=_is_wide(console)), refresh=True)
 
 
-def _look(client: Client) -> RenderableType:
+def _look(client: Client, *, wide: bool) -> RenderableType:
     try:
-        return render(client.status())
+        return render(client.status(), wide=wide)
     except Unreachable:
         return Text(unreachable(client.address).message, style="red")
     except SegueError as error:
         return Text(error.message, style="red")
 
 
-def render(cluster: ClusterStatus) -> RenderableType:
-    """A title line, a table of workers, and a line for each thing that is wrong."""
+def render(cluster: ClusterStatus, *, wide: bool) -> RenderableType:
+    """A title line, a table of workers, and a line for each thing that is wrong. What 80 columns cannot hold is left out unless
+    `wide`."""
     title = f"{cluster.model} · Segue {cluster.version} · {cluster.active_requests} active requests"
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("worker", "roles", "state"):
         table.add_column(name)
-    for name in ("running", "waiting", "queued"):
+    for name in ("run", "wait", "queued"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("KV blocks", "epoch", "pid", "address"):
-        table.add_column(name)
+    for name in ("KV blocks", "pid", *(("epoch", "address") if wide else ())):
+        table.add_column(name, no_wrap=True)
     for worker in cluster.workers:
-        table.add_row(*_cells(worker))
+        table.add_row(*_cells(worker, wide=wide))
     problems = [Text(problem, style="red") for problem in _problems(cluster)]
     return Group(Text(title), table, *problems)
 
 
-def _cells(worker: WorkerStatus) -> tuple[RenderableType, ...]:
+def _cells(worker: WorkerStatus, *, wide: bool) -> tuple[RenderableType, ...]:
     load = worker.load
+    bar = blocks_bar(load, _WIDE_BAR if wide else _NARROW_BAR)
     return (
         Text(worker.worker_id),
         Text("+".join(worker.roles)),
@@ -101,14 +112,13 @@ def _cells(worker: WorkerStatus) -> tuple[RenderableType, ...]:
         Text(str(load.running_requests)),
         Text(str(load.waiting_requests)),
         Text(str(load.queued_tokens)),
-        Text(f"{blocks_bar(load)} {load.leased_blocks + load.cached_blocks}/{load.total_blocks}", no_wrap=True),
-        Text(str(worker.epoch)),
+        Text(f"{bar} {load.leased_blocks + load.cached_blocks}/{load.total_blocks}"),
         Text(str(worker.pid)),
-        Text(worker.address),
+        *((Text(str(worker.epoch)), Text(worker.address)) if wide else ()),
     )
 
 
-def blocks_bar(load: WorkerLoad, width: int = _BAR_WIDTH) -> str:
+def blocks_bar(load: WorkerLoad, width: int) -> str:
     """Leased, cached and free blocks as a bar; whatever there is of a kind shows as one character at least."""
     if not load.total_blocks:
         return " " * width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import signal
 import sys
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 import typer
 from click.testing import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
 from deploy.cli.answer import describe_path, follow, footer
 from deploy.cli.chat import chat
 from deploy.cli.generate import generate
-from deploy.cli.status import blocks_bar, status
-from segue.client import Completed, Output, RequestPath, Started, WorkerLoad
+from deploy.cli.status import blocks_bar, render, status
+from segue.client import ClusterStatus, Completed, Output, RequestPath, Started, WorkerLoad, WorkerStatus
 from segue.errors import NoWorker, WorkerLost
 from segue.sampling import FinishReason, GeneratedToken
 from segue.v1 import inference_pb2 as pb
@@ -167,6 +169,20 @@ async def test_status_shows_workers_and_what_is_wrong(router: Any, run: Run) -> 
     assert row.split()[:8] == ["prefill-0", "prefill", "ready", "1", "4", "77", "██▒▒▒▒······", "5/10"]
     assert "cannot serve: no ready worker for decode" in result.stdout
     assert "the membership store cannot be reached" in result.stdout
+
+
+def test_status_fits_a_small_terminal() -> None:
+    load = load_of(leased=1, cached=900, total=1000)
+    worker = WorkerStatus("prefill-0", 12, ("prefill",), "draining", "127.0.0.1:50000", 123456, "host", load)
+    cluster = ClusterStatus("tiny", (worker,), 3, membership_fresh=True, version="0.1.0")
+    for width, wide in ((80, False), (120, True)):
+        written = io.StringIO()
+        Console(file=written, width=width).print(render(cluster, wide=wide))
+        _, header, row, _ = written.getvalue().splitlines()
+        assert header.split()[:6] == ["worker", "roles", "state", "run", "wait", "queued"]
+        assert "…" not in row
+        assert "901/1000 123456" in " ".join(row.split())
+        assert ("127.0.0.1:50000" in row) is wide
 
 
 async def test_status_as_json(router: Any, run: Run) -> None:
