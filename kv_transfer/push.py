@@ -14,12 +14,12 @@ from typing import Protocol
 
 from kv_transfer.memory import KVMemory
 from kv_transfer.protocol import LOCAL, Failure, SendingTicket, SendPhase
-from kv_transfer.transports import Chunk, PushWriter, checksum, plan_chunks
+from kv_transfer.transports import Parcel, PushWriter, checksum, plan_parcels
 from segue.errors import TransferError
 from segue.v1 import transfer_pb2 as pb
 
 
-class Link(Protocol):
+class Connection(Protocol):
     """The way to one receiver."""
 
     transport: str
@@ -40,12 +40,12 @@ class Link(Protocol):
 class Push:
     """Comes from `KVSender.open`; ends by `commit` or `abandon`."""
 
-    def __init__(self, ticket: pb.Ticket, link: Link, memory: KVMemory, thread: Executor) -> None:
+    def __init__(self, ticket: pb.Ticket, connection: Connection, memory: KVMemory, thread: Executor) -> None:
         self.ticket = ticket
         # Set when the transfer failed from outside: the receiver revoked the ticket or is gone. `commit` says which.
         self.revoked = asyncio.Event()
         self._state = SendingTicket(ticket.ticket_id, ticket.decode_epoch)
-        self._link = link
+        self._connection = connection
         self._memory = memory
         self._thread = thread
         self._loop = asyncio.get_running_loop()
@@ -53,13 +53,13 @@ class Push:
         self._opened = asyncio.Event()
         self._over = asyncio.Event()
         self._sealed = False
-        # Read by the transfer thread: once False, no further chunk is begun.
+        # Read by the transfer thread: once False, no further parcel is begun.
         self._may_write = True
         self._stopping: asyncio.Task[None] | None = None
 
     @property
     def transport(self) -> str:
-        return self._link.transport
+        return self._connection.transport
 
     @property
     def missing_blocks(self) -> int:
@@ -68,9 +68,9 @@ class Push:
 
     async def open(self) -> None:
         """Raises TransferRefused when the receiver does not honour the ticket. When cancelled, the ticket is given back."""
-        self._link.attach(self)
+        self._connection.attach(self)
         for frame in self._state.open():
-            self._link.post(frame)
+            self._connection.post(frame)
         try:
             await self._opened.wait()
         finally:
@@ -88,7 +88,7 @@ class Push:
         """
         if self._sealed:
             raise ValueError(f"ticket {self.ticket.ticket_id}: send after commit")
-        if self._link.writer is None or not self._may_write:
+        if self._connection.writer is None or not self._may_write:
             return
         layout = self._memory.layout
         if not 0 <= layer < layout.num_layers:
@@ -96,7 +96,7 @@ class Push:
         for source, index in blocks:
             if not (0 <= source < self._memory.num_blocks and 0 <= index < len(self._block_ids)):
                 raise ValueError(f"block {source} of {self._memory.num_blocks} to index {index} of {len(self._block_ids)}")
-        self._thread.submit(self._write, self._link.writer, layer, tuple(blocks)).add_done_callback(self._on_written)
+        self._thread.submit(self._write, self._connection.writer, layer, tuple(blocks)).add_done_callback(self._on_written)
 
     async def commit(self, first_token: int, source_blocks: Sequence[int] = ()) -> int:
         """Waits until everything is out and the receiver has taken it over. Returns the bytes that travelled.
@@ -107,7 +107,7 @@ class Push:
         self._sealed = True
         await self._flushed()
         for frame in self._state.commit(first_token, source_blocks if self.transport == LOCAL else ()):
-            self._link.post(frame)
+            self._connection.post(frame)
         await self._over.wait()
         if self._state.failure is not None:
             raise self._state.failure.error()
@@ -132,7 +132,7 @@ class Push:
                 self._state.receipt(frame.receipt.num_bytes)
                 if self._state.phase is SendPhase.COMPLETE:
                     self._over.set()
-                    self._link.forget(self)
+                    self._connection.forget(self)
             case "revoke":
                 self._state.revoke(Failure.from_revoke(frame.revoke))
                 self.revoked.set()
@@ -161,22 +161,22 @@ class Push:
     async def _stop(self) -> None:
         await self._flushed()
         for frame in self._state.writes_stopped():
-            self._link.post(frame)
-        self._link.forget(self)
+            self._connection.post(frame)
+        self._connection.forget(self)
 
     async def _flushed(self) -> None:
-        """All that was queued on the transfer thread is done, and its frames are handed to the link."""
+        """All that was queued on the transfer thread is done, and its frames are handed to the connection."""
         await self._loop.run_in_executor(self._thread, lambda: None)
 
     # On the transfer thread
 
     def _write(self, writer: PushWriter, layer: int, blocks: Sequence[tuple[int, int]]) -> None:
-        for chunk in plan_chunks(layer, blocks, self._block_ids, self._memory.layout.region_bytes):
+        for parcel in plan_parcels(layer, blocks, self._block_ids, self._memory.layout.region_bytes):
             if not self._may_write:
                 return
-            checksums = [checksum(self._memory.region(layer, block)) for block in chunk.sources]
-            payload = writer.write(chunk)
-            self._loop.call_soon_threadsafe(self._announce, chunk, checksums, payload)
+            checksums = [checksum(self._memory.region(layer, block)) for block in parcel.sources]
+            payload = writer.write(parcel)
+            self._loop.call_soon_threadsafe(self._announce, parcel, checksums, payload)
 
     def _on_written(self, written: Future[None]) -> None:
         if not written.cancelled() and (error := written.exception()) is not None:
@@ -185,9 +185,9 @@ class Push:
 
     # On the event loop
 
-    def _announce(self, chunk: Chunk, checksums: list[int], payload: list[memoryview]) -> None:
-        for frame in self._state.push(chunk.layer, chunk.indices, checksums):
-            self._link.post(frame, payload, lambda: self._state.phase is not SendPhase.FAILED)
+    def _announce(self, parcel: Parcel, checksums: list[int], payload: list[memoryview]) -> None:
+        for frame in self._state.push(parcel.layer, parcel.indices, checksums):
+            self._connection.post(frame, payload, lambda: self._state.phase is not SendPhase.FAILED)
 
     def _break(self, failure: Failure) -> None:
         self._state.abandon(failure.reason)

@@ -16,8 +16,8 @@ from typing import Self
 
 import zmq.asyncio
 
+from kv_transfer.connections import LocalConnection, RemoteConnection
 from kv_transfer.identity import WorkerIdentity
-from kv_transfer.links import LocalLink, RemoteLink
 from kv_transfer.memory import KVMemory
 from kv_transfer.protocol import LOCAL
 from kv_transfer.push import Push
@@ -45,10 +45,10 @@ class KVSender:
         self._identity = identity
         self._memory = memory
         self._transports = check_transports(transports)
-        self._local = LocalLink(local) if local is not None else None
+        self._local = LocalConnection(local) if local is not None else None
         self._sender_id = secrets.randbits(64)
-        # By endpoint; at most one link is alive for each.
-        self._links: dict[str, RemoteLink] = {}
+        # By endpoint; at most one connection is alive for each.
+        self._connections: dict[str, RemoteConnection] = {}
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
@@ -62,7 +62,7 @@ class KVSender:
     ) -> None:
         if self._local is not None:
             await self._local.close()
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+        await asyncio.gather(*(connection.close() for connection in self._connections.values()))
         self._thread.shutdown()
         self._context.destroy()
 
@@ -80,11 +80,11 @@ class KVSender:
             async with asyncio.timeout(_OPEN_TIMEOUT_S):
                 if ticket.endpoint == f"{LOCAL}:":
                     return await self._open_local(ticket)
-                link = self._link_to(ticket)
-                await link.ready.wait()
-                if link.failure is not None:
-                    raise link.failure.error()
-                push = Push(ticket, link, self._memory, self._thread)
+                connection = self._connection_to(ticket)
+                await connection.ready.wait()
+                if connection.failure is not None:
+                    raise connection.failure.error()
+                push = Push(ticket, connection, self._memory, self._thread)
                 await push.open()
                 return push
         except TimeoutError:
@@ -98,16 +98,19 @@ class KVSender:
         await push.open()
         return push
 
-    def _link_to(self, ticket: pb.Ticket) -> RemoteLink:
-        """A link to the ticket's receiver in its present life: a later epoch replaces an earlier one."""
-        link = self._links.get(ticket.endpoint)
-        if link is not None and link.failure is None and link.epoch > ticket.decode_epoch:
+    def _connection_to(self, ticket: pb.Ticket) -> RemoteConnection:
+        """A connection to the ticket's receiver in its present life: a later epoch replaces an earlier one."""
+        connection = self._connections.get(ticket.endpoint)
+        if connection is not None and connection.failure is None and connection.epoch > ticket.decode_epoch:
             raise TransferRefused(
-                f"the ticket is of {ticket.decode_worker_id}, epoch {ticket.decode_epoch}; it is at epoch {link.epoch} by now"
+                f"the ticket is of {ticket.decode_worker_id}, epoch {ticket.decode_epoch}; "
+                f"by now it is at epoch {connection.epoch}"
             )
-        if link is None or link.failure is not None or link.epoch < ticket.decode_epoch:
-            replaced = link
-            link = RemoteLink(self._context, ticket, self._identity, self._memory, self._transports, self._sender_id)
-            link.start(after=replaced)
-            self._links[ticket.endpoint] = link
-        return link
+        if connection is None or connection.failure is not None or connection.epoch < ticket.decode_epoch:
+            replaced = connection
+            connection = RemoteConnection(
+                self._context, ticket, self._identity, self._memory, self._transports, self._sender_id
+            )
+            connection.start(after=replaced)
+            self._connections[ticket.endpoint] = connection
+        return connection

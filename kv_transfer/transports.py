@@ -44,7 +44,7 @@ def check_transports(transports: Sequence[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Parcel:
     """Blocks of one layer that travel in one push: `sources` lie in the writer's memory, `targets` in the reader's."""
 
     layer: int
@@ -53,13 +53,15 @@ class Chunk:
     indices: tuple[int, ...]
 
 
-def plan_chunks(layer: int, blocks: Sequence[tuple[int, int]], block_ids: Sequence[int], region_bytes: int) -> Iterator[Chunk]:
+def plan_parcels(
+    layer: int, blocks: Sequence[tuple[int, int]], block_ids: Sequence[int], region_bytes: int
+) -> Iterator[Parcel]:
     """Cuts (source block, index into `block_ids`) pairs into pushes."""
     size = max(1, min(MAX_PUSH_BYTES // region_bytes, MAX_PUSH_BLOCKS))
     for start in range(0, len(blocks), size):
         part = blocks[start : start + size]
         indices = tuple(index for _, index in part)
-        yield Chunk(layer, tuple(source for source, _ in part), tuple(block_ids[index] for index in indices), indices)
+        yield Parcel(layer, tuple(source for source, _ in part), tuple(block_ids[index] for index in indices), indices)
 
 
 def contiguous_runs(*columns: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -72,8 +74,8 @@ def contiguous_runs(*columns: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 class PushWriter(Protocol):
-    def write(self, chunk: Chunk) -> list[memoryview]:
-        """Brings the chunk's bytes to the peer; returns those that are to follow its Push as frames."""
+    def write(self, parcel: Parcel) -> list[memoryview]:
+        """Brings the parcel's bytes to the peer; returns those that are to follow its Push as frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,10 @@ class ShmWriter:
     source: KVMemory
     target: KVMemory
 
-    def write(self, chunk: Chunk) -> list[memoryview]:
-        for start, length in contiguous_runs(chunk.sources, chunk.targets):
-            run = self.source.regions(chunk.layer, chunk.sources[start], length)
-            self.target.write(chunk.layer, chunk.targets[start], run)
+    def write(self, parcel: Parcel) -> list[memoryview]:
+        for start, length in contiguous_runs(parcel.sources, parcel.targets):
+            run = self.source.regions(parcel.layer, parcel.sources[start], length)
+            self.target.write(parcel.layer, parcel.targets[start], run)
         return []
 
 
@@ -92,9 +94,10 @@ class ShmWriter:
 class TcpWriter:
     source: KVMemory
 
-    def write(self, chunk: Chunk) -> list[memoryview]:
+    def write(self, parcel: Parcel) -> list[memoryview]:
         return [
-            self.source.regions(chunk.layer, chunk.sources[start], length) for start, length in contiguous_runs(chunk.sources)
+            self.source.regions(parcel.layer, parcel.sources[start], length)
+            for start, length in contiguous_runs(parcel.sources)
         ]
 
 

@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 
 def hang_while_writing() -> None:
-    def write(writer: object, chunk: object) -> list[memoryview]:
+    def write(writer: object, parcel: object) -> list[memoryview]:
         say("writing")
         threading.Event().wait()
         return []

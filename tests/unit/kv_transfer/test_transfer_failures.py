@@ -81,11 +81,11 @@ async def test_damaged_bytes_are_noticed(pair, transport, monkeypatch):
     push = await sender.open(incoming.ticket)
     honest = {"shm": ShmWriter, "tcp": TcpWriter}[transport].write
 
-    def damaging(writer: Any, chunk: Any) -> list[memoryview]:
-        payload = honest(writer, chunk)
-        if chunk.layer == 1 and transport == "shm":
+    def damaging(writer: Any, parcel: Any) -> list[memoryview]:
+        payload = honest(writer, parcel)
+        if parcel.layer == 1 and transport == "shm":
             pair.target.region(1, 2)[5] ^= 1
-        elif chunk.layer == 1:
+        elif parcel.layer == 1:
             damaged = bytearray(payload[0])
             damaged[-1] ^= 1
             return [memoryview(damaged)]
@@ -142,10 +142,10 @@ async def test_the_fence_waits_for_a_write_in_place_that_is_under_way(pair, monk
     loop, begun, may_go_on = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     honest = ShmWriter.write
 
-    def slow(writer: Any, chunk: Any) -> list[memoryview]:
+    def slow(writer: Any, parcel: Any) -> list[memoryview]:
         loop.call_soon_threadsafe(begun.set)
         asyncio.run_coroutine_threadsafe(may_go_on.wait(), loop).result(TIMEOUT_S)
-        return honest(writer, chunk)
+        return honest(writer, parcel)
 
     monkeypatch.setattr(ShmWriter, "write", slow)
     push.send(0, [(0, 0)])

@@ -13,7 +13,7 @@ from kv_transfer.transports import (
     check_transports,
     choose_transport,
     contiguous_runs,
-    plan_chunks,
+    plan_parcels,
 )
 from segue.errors import ConfigError
 from segue.v1 import transfer_pb2 as pb
@@ -60,12 +60,12 @@ def test_runs_cover_everything_once_and_count_up(pairs):
 
 @settings(max_examples=60)
 @given(st.integers(0, 1200), st.sampled_from([64, 24_576, MAX_PUSH_BYTES, 3 * MAX_PUSH_BYTES]))
-def test_chunks_are_bounded_and_complete(num_blocks, region_bytes):
+def test_parcels_are_bounded_and_complete(num_blocks, region_bytes):
     block_ids = [7 * index for index in range(num_blocks)]
     blocks = [(1000 + index, index) for index in range(num_blocks)]
-    chunks = list(plan_chunks(2, blocks, block_ids, region_bytes))
-    assert [pair for chunk in chunks for pair in zip(chunk.sources, chunk.indices, strict=True)] == blocks
-    for chunk in chunks:
-        assert chunk.targets == tuple(block_ids[index] for index in chunk.indices)
-        assert len(chunk.sources) <= MAX_PUSH_BLOCKS
-        assert len(chunk.sources) == 1 or len(chunk.sources) * region_bytes <= MAX_PUSH_BYTES
+    parcels = list(plan_parcels(2, blocks, block_ids, region_bytes))
+    assert [pair for parcel in parcels for pair in zip(parcel.sources, parcel.indices, strict=True)] == blocks
+    for parcel in parcels:
+        assert parcel.targets == tuple(block_ids[index] for index in parcel.indices)
+        assert len(parcel.sources) <= MAX_PUSH_BLOCKS
+        assert len(parcel.sources) == 1 or len(parcel.sources) * region_bytes <= MAX_PUSH_BYTES

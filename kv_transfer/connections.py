@@ -1,6 +1,6 @@
 """The way from a sender to one receiver: over a socket, or within the process.
 
-A remote link lives from its Hello to the first sign that the receiver is gone, and is never repaired: the next push makes a new
+A remote one lives from its Hello to the first sign that the receiver is gone, and is never repaired: the next push makes a new
 one. Before that says Hello, every write of the old one has ended, as its Hello tells the receiver.
 """
 
@@ -26,11 +26,11 @@ from kv_transfer.transports import PushWriter, ShmWriter, TcpWriter
 from segue.errors import TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
 
-# How long the last words of a link may take to leave.
+# How long the last words of a connection may take to leave.
 _CLOSE_TIMEOUT_S = 1.0
 
 
-class _Link(ABC):
+class _Connection(ABC):
     """What both kinds share: the open pushes, who gets which frame, and the renewal of leases."""
 
     def __init__(self, transport: str, writer: PushWriter | None) -> None:
@@ -90,7 +90,7 @@ class _Link(ABC):
             await push.stopped()
 
 
-class LocalLink(_Link):
+class LocalConnection(_Connection):
     """To the receiver of this very process: frames are plain calls, bytes stay where they are."""
 
     def __init__(self, receiver: KVReceiver) -> None:
@@ -113,7 +113,7 @@ class LocalLink(_Link):
             await asyncio.gather(self._renewing, return_exceptions=True)
 
 
-class RemoteLink(_Link):
+class RemoteConnection(_Connection):
     """To the receiver at `endpoint` in the life named by `epoch`. `start` it; `ready` is set when it can be used or failed."""
 
     def __init__(
@@ -152,8 +152,8 @@ class RemoteLink(_Link):
         self._has_none_outgoing.clear()
         self._has_outgoing.set()
 
-    def start(self, after: RemoteLink | None) -> None:
-        """`after` is the link that this one replaces."""
+    def start(self, after: RemoteConnection | None) -> None:
+        """`after` is the connection that this one replaces."""
         self._task = asyncio.create_task(self._run(after))
 
     async def close(self) -> None:
@@ -167,7 +167,7 @@ class RemoteLink(_Link):
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _run(self, after: RemoteLink | None) -> None:
+    async def _run(self, after: RemoteConnection | None) -> None:
         failure = Failure(TransferError, f"the connection to {self._peer} was closed")
         try:
             if after is not None:
