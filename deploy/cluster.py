@@ -14,8 +14,9 @@ from deploy.child import Child
 from deploy.driver_events import DriverEvents
 from deploy.processes import is_here, resident_bytes
 from deploy.router_process import RouterProcess
+from deploy.sweeper import session_members
 from deploy.waiting import all_of, until_gone
-from deploy.watch import by_id, describe_changes
+from deploy.watch import WorkerWatch
 from segue.errors import StoreUnavailable
 from segue.membership import Membership
 from segue.models.store import ModelHandle
@@ -79,14 +80,22 @@ class Cluster:
 
     async def processes(self) -> list[ProcessInfo]:
         """Raises StoreUnavailable."""
-        infos = [_child_info(self.router.child, "router", f"http {self.http}, grpc {self.grpc}")]
+        router = self.router.child
+        infos = [
+            ProcessInfo("router", "router", router.pid, f"http {self.http}, grpc {self.grpc}", resident_bytes([router.pid]))
+        ]
+        worker_pids = set()
         for record in await self.workers():
-            memory = resident_bytes(record.pid) if is_here(record.host) else None
-            role = "+".join(record.roles)
-            infos.append(ProcessInfo(record.worker_id, role, record.pid, record.address, memory))
-        infos.append(_child_info(self.driver, "starts workers", ""))
+            memory = resident_bytes([record.pid]) if is_here(record.host) else None
+            infos.append(ProcessInfo(record.worker_id, "+".join(record.roles), record.pid, record.address, memory))
+            worker_pids.add(record.pid)
+        # The driver leads the session of all that Ray starts here.
+        helpers = set(session_members(self.driver.pid)) - worker_pids
+        infos.append(
+            ProcessInfo("ray", f"keeps workers, {len(helpers)} processes", self.driver.pid, "", resident_bytes(helpers))
+        )
         if self.valkey is not None:
-            infos.append(_child_info(self.valkey, "membership", ""))
+            infos.append(ProcessInfo("valkey", "membership", self.valkey.pid, "", resident_bytes([self.valkey.pid])))
         return infos
 
     async def watch(self, note: Note) -> None:
@@ -103,20 +112,19 @@ class Cluster:
         )
 
     async def _watch_workers(self, note: Note) -> None:
-        before = by_id(await self.workers())
+        watch = WorkerWatch(await self.workers())
         reachable = True
         async for _ in self.membership.changes(_LOOK_AT_LEAST_EVERY_S):
             try:
-                after = by_id(await self.workers())
+                lines = watch.look(await self.workers())
             except StoreUnavailable as error:
                 if reachable:
                     note(f"{error.message}; what is there serves on")
                 reachable = False
                 continue
             reachable = True
-            for line in describe_changes(before, after):
+            for line in lines:
                 note(line)
-            before = after
 
     async def _watch_replicas(self, note: Note) -> None:
         while True:
@@ -144,7 +152,3 @@ class Cluster:
         with suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_S):
                 await all_of(*(until_gone(pid) for pid in pids))
-
-
-def _child_info(child: Child, role: str, address: str) -> ProcessInfo:
-    return ProcessInfo(child.name, role, child.pid, address, resident_bytes(child.pid))

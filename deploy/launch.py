@@ -81,9 +81,7 @@ class Launch:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._report(Stage("stop", "running", "stopping"))
         await self._stack.aclose()
-        self._report(Stage("stop", "done", "stopped"))
 
     async def _start(self) -> Cluster:
         settings, enter = self._settings, self._stack.enter_async_context

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-StageName = Literal["store", "model", "ray", "workers", "router", "ready", "stop"]
+StageName = Literal["store", "model", "ray", "workers", "router", "ready"]
 
 
 @dataclass(frozen=True, slots=True)

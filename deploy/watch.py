@@ -1,29 +1,42 @@
-"""What changed among the workers, in words."""
+"""What happens to the workers, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from segue.v1.worker_pb2 import WorkerRecord
 
 
-def describe_changes(before: Mapping[str, WorkerRecord], after: Mapping[str, WorkerRecord]) -> list[str]:
-    """One line for each worker that is new, gone, started anew or draining; keys are worker ids."""
-    lines = []
-    for worker_id in sorted(before.keys() | after.keys()):
-        old, new = before.get(worker_id), after.get(worker_id)
-        if new is None:
-            lines.append(f"{worker_id} is gone")
-        elif old is None:
-            lines.append(f"{worker_id} serves, {_process(new)}")
-        elif new.epoch != old.epoch:
-            lines.append(f"{worker_id} was restarted: pid {old.pid} → {_process(new)}")
-        elif new.draining and not old.draining:
-            lines.append(f"{worker_id} is draining")
-    return lines
+class WorkerWatch:
+    """Compares each look at the membership with the one before."""
+
+    def __init__(self, records: Sequence[WorkerRecord]) -> None:
+        self._present = _by_id(records)
+        # Also of workers that are gone, by worker id.
+        self._last_seen = dict(self._present)
+
+    def look(self, records: Sequence[WorkerRecord]) -> list[str]:
+        """One line for each worker that came, went, was started anew or drains."""
+        before, after = self._present, _by_id(records)
+        lines = []
+        for worker_id in sorted(before.keys() | after.keys()):
+            old, new = before.get(worker_id), after.get(worker_id)
+            if new is None:
+                lines.append(f"{worker_id} is gone, pid {self._last_seen[worker_id].pid}")
+            elif worker_id not in self._last_seen:
+                lines.append(f"{worker_id} joined, {_process(new)}")
+            elif new.epoch != self._last_seen[worker_id].epoch:
+                lines.append(f"{worker_id} was restarted, {_process(new)} (before: pid {self._last_seen[worker_id].pid})")
+            elif old is None:
+                lines.append(f"{worker_id} is back, {_process(new)}")  # its lease had lapsed, it had not died
+            elif new.draining and not old.draining:
+                lines.append(f"{worker_id} is draining")
+        self._present = after
+        self._last_seen |= after
+        return lines
 
 
-def by_id(records: Sequence[WorkerRecord]) -> dict[str, WorkerRecord]:
+def _by_id(records: Sequence[WorkerRecord]) -> dict[str, WorkerRecord]:
     return {record.worker_id: record for record in records}
 
 

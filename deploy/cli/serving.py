@@ -46,7 +46,8 @@ async def _serve(settings: ClusterSettings, console: Console) -> None:
 
 
 def process_table(processes: list[ProcessInfo]) -> Table:
-    table = Table("process", "role", "pid", "address", "memory", box=None, header_style="bold", pad_edge=False)
+    table = Table("process", "role", "pid", "address", box=None, header_style="bold", pad_edge=False)
+    table.add_column("memory", justify="right")
     for info in processes:
         memory = "" if info.memory_bytes is None else f"{info.memory_bytes / 2**20:,.0f} MiB"
         table.add_row(info.name, info.role, str(info.pid), info.address, memory)
