@@ -86,12 +86,10 @@ class DecodeService:
     # A job's life
 
     def _start(self, link: RouterLink, message: pb.ReserveDecode) -> None:
-        layout, pool = self._engine.layout, self._engine.pool
         token_ids = list(message.token_ids)
         try:
             sampling = sampling_from_pb(message.sampling)
-            if not token_ids or layout.num_blocks_for(len(token_ids) + sampling.max_tokens) > pool.num_total:
-                raise InvalidRequest("max_tokens", "prompt and output do not fit this worker's KV memory")
+            self._engine.check_fits(token_ids, sampling.max_tokens)
         except InvalidRequest as error:
             link.send_failed(message.key, error)
             return
@@ -100,7 +98,7 @@ class DecodeService:
             link=link,
             sequence=Sequence(message.key.sequence_id, token_ids, sampling),
             is_local=message.prefill_worker_id == self._worker_id,
-            block_hashes=block_hashes(token_ids, layout.block_size),
+            block_hashes=block_hashes(token_ids, self._engine.layout.block_size),
         )
         self._waiting.append(job)
         self._jobs.start(job, self._serve(job), self._release)

@@ -130,7 +130,7 @@ class Worker:
         """Serves links on a port that the system picks."""
         self.servicer = WorkerLinkServicer(self.active_legs, self.record, self.load)
         server = grpc.aio.server(options=LINK_OPTIONS)
-        add_WorkerServiceServicer_to_server(self.servicer, server)  # type: ignore[no-untyped-call]
+        add_WorkerServiceServicer_to_server(self.servicer, server)
         port = server.add_insecure_port(f"{self.settings.host}:0")
         self.address = f"{self.settings.host}:{port}"
         await server.start()
@@ -145,13 +145,17 @@ class Worker:
         logger.info("draining: %d sequences to finish", sum(leg.num_sequences for leg in self.active_legs))
         if self.servicer is not None:
             self.servicer.start_draining()
-        finished = asyncio.gather(*(leg.wait_empty() for leg in self.active_legs))
-        told_again = asyncio.ensure_future(cut_short.wait())
+        finished = asyncio.create_task(self._wait_empty())
+        told_again = asyncio.create_task(cut_short.wait())
         await asyncio.wait({finished, told_again}, timeout=DRAIN_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if not finished.done():
             logger.warning("leaving with sequences unfinished")
         finished.cancel()
         told_again.cancel()
+
+    async def _wait_empty(self) -> None:
+        for leg in self.active_legs:
+            await leg.wait_empty()
 
     def record(self) -> worker_pb2.WorkerRecord:
         settings, engine = self.settings, self.engine

@@ -24,7 +24,7 @@ from engine.model import Decoder
 from engine.sampler import sample
 from engine.step import Chunk, prepare_step
 from engine.weights import load_weights
-from segue.errors import ConfigError, InternalError
+from segue.errors import ConfigError, InternalError, InvalidRequest
 from segue.kv_layout import KVLayout
 from segue.models.config import ModelConfig
 from segue.sampling import GeneratedToken
@@ -65,6 +65,17 @@ class Engine:
         weights = load_weights(model_dir, config, cache.dtype)
         decoder = Decoder(config, weights, TorchAttention(config, cache))
         return cls(config, layout, BlockPool(num_blocks), decoder, threads=threads)
+
+    def check_fits(self, prompt_token_ids: Chunks[int], max_tokens: int) -> None:
+        """Raises InvalidRequest, naming the field, for a prompt that this engine cannot compute or that its KV memory cannot
+        hold together with `max_tokens` more tokens."""
+        if not prompt_token_ids or max(prompt_token_ids) >= self.config.vocab_size:
+            raise InvalidRequest("prompt", f"must hold token ids below {self.config.vocab_size}")
+        num_tokens = len(prompt_token_ids) + max_tokens
+        if num_tokens > self.config.max_context:
+            raise InvalidRequest("max_tokens", f"{num_tokens} tokens exceed the context of {self.config.max_context}")
+        if self.layout.num_blocks_for(num_tokens) > self.pool.num_total:
+            raise InvalidRequest("max_tokens", f"{num_tokens} tokens do not fit this worker's KV memory")
 
     async def run(self, chunks: Chunks[Chunk], on_layer: Callable[[int], None] | None = None) -> list[GeneratedToken | None]:
         """Computes all chunks, of different sequences, in one forward pass.

@@ -84,12 +84,11 @@ class PrefillService:
     # A job's life
 
     def _start(self, link: RouterLink, message: pb.StartPrefill) -> None:
-        layout, pool = self._engine.layout, self._engine.pool
+        layout = self._engine.layout
         token_ids = list(message.token_ids)
         try:
             sampling = sampling_from_pb(message.sampling)
-            if not token_ids or layout.num_blocks_for(len(token_ids)) > pool.num_total:
-                raise InvalidRequest("prompt", f"{len(token_ids)} tokens do not fit this worker's KV memory")
+            self._engine.check_fits(token_ids, max_tokens=0)
         except InvalidRequest as error:
             link.send_failed(message.key, error)
             return

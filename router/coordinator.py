@@ -120,6 +120,7 @@ class _Attempt:
         self._first_token_is_out = False
         self._held_back: list[TokenStep] = []
         self._is_charged_to_prefill = True
+        self._decode_has_it = False
 
     @property
     def _hands_over(self) -> bool:
@@ -157,17 +158,20 @@ class _Attempt:
 
     def hear(self, event: LineEvent) -> list[TokenStep]:
         """Takes the next event; gives the steps that can go to the client now. Raises the error that ends the sequence."""
-        if isinstance(event, SegueError):
-            raise event
-        match event.WhichOneof("message"):
+        said = event.said
+        if isinstance(said, SegueError):
+            if self._decode_has_it and event.link is not self._decode:
+                return []  # decode holds the whole KV cache: what becomes of prefill no longer matters
+            raise said
+        match said.WhichOneof("message"):
             case "decode_reserved":
-                self._attach_ticket(event.decode_reserved)
+                self._attach_ticket(said.decode_reserved)
             case "first_token":
-                return self._first_token(event.first_token)
+                return self._first_token(said.first_token)
             case "decode_started":
-                self._decode_started(event.decode_started)
+                self._decode_started(said.decode_started)
             case "step_tokens":
-                (sequence,) = event.step_tokens.sequences
+                (sequence,) = said.step_tokens.sequences
                 step = TokenStep(
                     tokens=tuple(token_from_pb(token) for token in sequence.tokens),
                     finish_reason=finish_reason_from_pb(sequence.finish_reason),
@@ -191,6 +195,7 @@ class _Attempt:
         self._path.prefill_cached_tokens = first.cached_tokens
         self._path.lifecycle.enter(Phase.TRANSFERRING)
         self._first_token_is_out = True
+        self._enter_decoding()
         step = TokenStep((token_from_pb(first.token),), finish_reason_from_pb(first.finish_reason))
         held_back, self._held_back = self._held_back, []
         return self._in_order([step, *held_back])
@@ -199,7 +204,11 @@ class _Attempt:
         self._path.decode_cached_tokens = started.cached_tokens
         self._path.transferred_bytes = started.transferred_bytes
         self._path.transport = started.transport
-        if self._path.lifecycle.phase is Phase.TRANSFERRING:
+        self._decode_has_it = True
+        self._enter_decoding()
+
+    def _enter_decoding(self) -> None:
+        if self._decode_has_it and self._path.lifecycle.phase is Phase.TRANSFERRING:
             self._path.lifecycle.enter(Phase.DECODING)
 
     def _in_order(self, steps: list[TokenStep]) -> list[TokenStep]:

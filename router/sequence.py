@@ -48,7 +48,8 @@ class SequencePath:
             transferred_bytes=self.transferred_bytes,
             ttft_s=seconds(Phase.QUEUED, Phase.TRANSFERRING) or 0.0,
             handover_s=seconds(Phase.TRANSFERRING, Phase.DECODING) or 0.0,
-            total_s=seconds(Phase.QUEUED, Phase.FINISHED) or 0.0,
+            # A stop string ends a sequence from outside: for the workers that is a cancellation.
+            total_s=(seconds(Phase.QUEUED, self.lifecycle.phase) if self.lifecycle.is_over else None) or 0.0,
             attempts=self.attempts,
         )
 

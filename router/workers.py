@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -30,8 +31,13 @@ MEMBERSHIP_INTERVAL_S = 0.5
 # A lapsed lease may mean that the store lost its data, and every worker is about to write its record again.
 ABSENCE_GRACE_S = 1.5
 
-# What a line hears: a message of its worker, or the error that ends it.
-LineEvent = worker_pb2.LinkResponse | SegueError
+
+@dataclass(frozen=True, slots=True)
+class LineEvent:
+    """What a line hears: a message of its worker, or the error that ends it there."""
+
+    link: WorkerLink
+    said: worker_pb2.LinkResponse | SegueError
 
 
 class WorkerLink:
@@ -92,7 +98,7 @@ class WorkerLink:
             self.is_open = False
             wakeups.notify()
             for events in self._lines.values():
-                events.put_nowait(WorkerLost(f"worker {self.name} was lost: {reason}"))
+                events.put_nowait(LineEvent(self, WorkerLost(f"worker {self.name} was lost: {reason}")))
 
     async def _requests(self) -> AsyncIterator[worker_pb2.LinkRequest]:
         yield worker_pb2.LinkRequest(open=worker_pb2.OpenLink(router_id=self._router_id))
@@ -119,9 +125,9 @@ class WorkerLink:
             case kind:
                 self._tell(getattr(message, kind).key, message)
 
-    def _tell(self, key: worker_pb2.SequenceKey, event: LineEvent) -> None:
+    def _tell(self, key: worker_pb2.SequenceKey, said: worker_pb2.LinkResponse | SegueError) -> None:
         if (events := self._lines.get(sequence_id(key))) is not None:
-            events.put_nowait(event)
+            events.put_nowait(LineEvent(self, said))
 
     def facts(self) -> WorkerFacts:
         record = self.record
@@ -182,14 +188,18 @@ class Workers:
         return list(self._links.values())
 
     async def _follow(self) -> None:
-        async for _ in self._membership.changes(MEMBERSHIP_INTERVAL_S):
-            try:
-                records = await self._membership.list_workers()
-            except StoreUnavailable as error:
-                if self.membership_fresh:
-                    logger.warning("going on with the workers known so far: %s", error.message)
-                self.membership_fresh = False
-                continue
+        async with aclosing(self._membership.changes(MEMBERSHIP_INTERVAL_S)) as changes:
+            async for _ in changes:
+                await self._look()
+
+    async def _look(self) -> None:
+        try:
+            records = await self._membership.list_workers()
+        except StoreUnavailable as error:
+            if self.membership_fresh:
+                logger.warning("going on with the workers known so far: %s", error.message)
+            self.membership_fresh = False
+        else:
             self.membership_fresh = True
             self._update({record.worker_id: record for record in records if record.model == self._model_name})
 

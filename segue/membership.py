@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import redis.asyncio as redis_client
@@ -77,7 +77,7 @@ class Membership:
                 logger.warning("the membership record %r cannot be read and is left out", key)
         return records
 
-    async def changes(self, interval_s: float) -> AsyncIterator[None]:
+    async def changes(self, interval_s: float) -> AsyncGenerator[None, None]:
         """Yields at once, then whenever something changed, and every `interval_s` at least (leases lapse silently)."""
         yield
         pubsub = self._redis.pubsub(ignore_subscribe_messages=True)

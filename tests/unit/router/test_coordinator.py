@@ -201,6 +201,40 @@ async def test_a_failed_leg_ends_the_sequence_and_cancels_the_other(membership: 
             await worker.leg.cancelled.wait()
 
 
+async def test_what_decodes_does_not_need_its_prefill_worker(membership: Membership) -> None:
+    decode_key: list[tuple[RouterLink, pb.SequenceKey]] = []
+
+    def prefill_then_fail(link: RouterLink, message: pb.LinkRequest) -> None:
+        if message.HasField("start_prefill"):
+            link.send(pb.LinkResponse(first_token=pb.FirstToken(key=message.start_prefill.key, token=Token(id=10))))
+
+    def start_only(link: RouterLink, message: pb.LinkRequest) -> None:
+        if message.HasField("reserve_decode"):
+            key = message.reserve_decode.key
+            decode_key.append((link, key))
+            link.send(pb.LinkResponse(decode_started=pb.DecodeStarted(key=key)))
+
+    async with AsyncExitStack() as stack:
+        prefill = await stack.enter_async_context(scripted_worker(membership, "prefill-0", prefill_then_fail))
+        await stack.enter_async_context(scripted_worker(membership, "decode-0", start_only))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=2))
+        changed = coordinator._workers.changed.listener()
+        path = SequencePath()
+        async with aclosing(coordinator.serve(request(), path)) as steps:
+            await anext(steps)
+            following = asyncio.ensure_future(anext(steps))
+            while path.lifecycle.phase is not Phase.DECODING:
+                await asyncio.sleep(0)
+            await prefill.server.stop(0)
+            while coordinator.missing_roles() != ["prefill"]:
+                changed.clear()
+                await changed.wait()
+            (link, key) = decode_key[0]
+            last = pb.SequenceTokens(key=key, tokens=[Token(id=11)], finish_reason=FINISH_REASON_STOP)
+            link.send(pb.LinkResponse(step_tokens=pb.StepTokens(sequences=[last])))
+            assert (await following).finish_reason is FinishReason.STOP
+
+
 @pytest.mark.parametrize("lost", ["prefill-0", "decode-0"])
 async def test_a_lost_worker_ends_its_sequences_with_a_retryable_error(membership: Membership, lost: str) -> None:
     async with AsyncExitStack() as stack:
