@@ -1,50 +1,13 @@
-"""The `segue` command. Modules here import what is heavy or not always installed (torch, ray, redis) where it is used."""
+"""The `segue` command."""
 
-from __future__ import annotations
-
-from importlib.metadata import version
-from typing import Annotated
-
-import typer
-
-from deploy.cli.chat import chat
-from deploy.cli.doctor import doctor
-from deploy.cli.generate import generate
-from deploy.cli.models import app as models_app
-from deploy.cli.status import status
-from deploy.cli.up import up
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Segue: an LLM inference cluster that splits prefill from decode.",
-)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"segue {version('segue')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-app.command()(up)
-app.command()(generate)
-app.command()(chat)
-app.command()(status)
-app.command()(doctor)
-app.add_typer(models_app, name="models")
+import sys
 
 
 def main() -> None:
-    app()
+    """Ctrl-C ends it without a traceback, even while it is still loading."""
+    try:
+        from deploy.cli.app import app
+
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
