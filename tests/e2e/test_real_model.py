@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from tests.support.leaks import assert_no_leaks_at
 
 MAX_TOKENS = 64
 GREEDY = GenerateOptions(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
-SEEDED = GenerateOptions(max_tokens=24, temperature=0.9, top_p=0.9, seed=11, repetition_penalty=1.1, ignore_eos=True)
+SEEDED = GenerateOptions(max_tokens=16, temperature=0.9, top_p=0.9, seed=11, repetition_penalty=1.1, ignore_eos=True)
 
 Tokens = list[tuple[int, ...]]
 
@@ -66,23 +69,29 @@ async def answers(client: AsyncClient, prompts: list[list[int]], options: Genera
 async def test_the_same_tokens_as_transformers_every_way(
     real_model_dir: Path, prompts: list[list[int]], transformers_model: PreTrainedModel
 ) -> None:
-    greedy: dict[str, Tokens] = {}
-    seeded: dict[str, Tokens] = {}
-    for name, colocated, kv_transport in (("colocated", True, "auto"), ("shm", False, "shm"), ("tcp", False, "tcp")):
-        async with (
-            LocalCluster(real_model_dir, colocated=colocated, kv_transport=kv_transport, kv_memory="1GiB") as cluster,
-            AsyncClient(cluster.grpc_address) as client,
-        ):
-            greedy[name] = await answers(client, prompts, GREEDY, at_once=16)
-            # The prompts are in the prefix caches now.
-            assert await answers(client, prompts[-3:], GREEDY, at_once=1) == greedy[name][-3:], f"{name}: from caches, alone"
-            seeded[name] = await answers(client, prompts[3:12], SEEDED, at_once=9)
-            assert await answers(client, prompts[3:5], SEEDED, at_once=1) == seeded[name][:2], f"{name}: seeded, alone"
-            await assert_no_leaks_at(cluster.grpc_address)
-    assert greedy["colocated"] == greedy["shm"] == greedy["tcp"]
-    assert seeded["colocated"] == seeded["shm"] == seeded["tcp"]
-    for prompt, tokens in zip(prompts, greedy["shm"], strict=True):
+    async with running_cluster(real_model_dir, kv_transport="shm") as client:
+        greedy = await answers(client, prompts, GREEDY, at_once=16)
+        seeded = await answers(client, prompts[3:9], SEEDED, at_once=6)
+    for prompt, tokens in zip(prompts, greedy, strict=True):
         assert len(tokens) == MAX_TOKENS
         assert_greedy(transformers_model, prompt, tokens)
-    for prompt, tokens in list(zip(prompts, greedy["shm"], strict=True))[:4]:
+    for prompt, tokens in list(zip(prompts, greedy, strict=True))[:4]:
         assert generated(transformers_model, prompt) == tokens
+
+    # Sixteen of mixed lengths, half as long: the first half of the same tokens.
+    mixed = [*range(15), 17]
+    shorter = GenerateOptions(**(GREEDY | {"max_tokens": MAX_TOKENS // 2}))
+    expected = [greedy[index][: MAX_TOKENS // 2] for index in mixed]
+    for way in ({"colocated": True, "threads": 2}, {"kv_transport": "tcp"}):
+        async with running_cluster(real_model_dir, **way) as client:
+            assert await answers(client, [prompts[i] for i in mixed], shorter, at_once=16) == expected, f"{way}: cold"
+            # From the prefix caches, one at a time.
+            assert await answers(client, [prompts[17], prompts[12]], shorter, at_once=1) == [expected[15], expected[12]]
+            assert await answers(client, prompts[3:9], SEEDED, at_once=6) == seeded, f"{way}: seeded"
+
+
+@asynccontextmanager
+async def running_cluster(model_dir: Path, **options: Any) -> AsyncIterator[AsyncClient]:
+    async with LocalCluster(model_dir, kv_memory="1GiB", **options) as cluster, AsyncClient(cluster.grpc_address) as client:
+        yield client
+        await assert_no_leaks_at(cluster.grpc_address)

@@ -223,7 +223,7 @@ async def test_what_decodes_does_not_need_its_prefill_worker(membership: Members
         async with aclosing(coordinator.serve(request(), path)) as steps:
             await anext(steps)
             following = asyncio.ensure_future(anext(steps))
-            while path.lifecycle.phase is not Phase.DECODING:
+            while path.lifecycle.phase is not Phase.DECODING:  # noqa: ASYNC110 - the events come over sockets
                 await asyncio.sleep(0)
             await prefill.server.stop(0)
             while coordinator.missing_roles() != ["prefill"]:
