@@ -17,7 +17,7 @@ from segue.errors import SegueError, WorkerLost
 from tests.e2e.conftest import make_text
 from tests.support.leaks import assert_no_leaks_at
 
-LONG = GenerateOptions(max_tokens=100, temperature=0.0, ignore_eos=True)
+LONG = GenerateOptions(max_tokens=60, temperature=0.0, ignore_eos=True)
 SHORT = GenerateOptions(max_tokens=4, temperature=0.0)
 
 
@@ -37,6 +37,11 @@ async def client(cluster: LocalCluster) -> AsyncIterator[AsyncClient]:
         await cluster.wait_ready()
         yield client
         await assert_no_leaks_at(cluster.grpc_address)
+
+
+async def tokens_undisturbed(client: AsyncClient, prompts: list[str]) -> dict[str, tuple[int, ...]]:
+    answers = await asyncio.gather(*(client.generate(prompt, **LONG) for prompt in prompts))
+    return {prompt: answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)}
 
 
 async def start_decoding(client: AsyncClient, prompts: list[str]) -> list[asyncio.Future[Generation]]:
@@ -65,7 +70,7 @@ async def is_ready(cluster: LocalCluster) -> bool:
 
 async def test_killed_decode_worker(cluster: LocalCluster, client: AsyncClient) -> None:
     prompts = [make_text(8, seed) for seed in range(4)]
-    undisturbed = {prompt: (await client.generate(prompt, **LONG)).token_ids for prompt in prompts}
+    undisturbed = await tokens_undisturbed(client, prompts)
     reading = await start_decoding(client, prompts)
     await cluster.kill("decode-1", signal.SIGKILL)
     async with asyncio.timeout(5):
@@ -84,9 +89,9 @@ async def test_killed_decode_worker(cluster: LocalCluster, client: AsyncClient) 
 
 async def test_killed_prefill_worker(cluster: LocalCluster, client: AsyncClient) -> None:
     decoding_prompts = [make_text(8, seed) for seed in range(2)]
-    undisturbed = {prompt: (await client.generate(prompt, **LONG)).token_ids for prompt in decoding_prompts}
+    undisturbed = await tokens_undisturbed(client, decoding_prompts)
     decoding = await start_decoding(client, decoding_prompts)
-    prefilling = [asyncio.ensure_future(client.generate(make_text(900, seed), **SHORT)) for seed in (50, 51)]
+    prefilling = [asyncio.ensure_future(client.generate(make_text(700, seed), **SHORT)) for seed in (50, 51)]
     while sum(worker.load.queued_tokens > 0 for worker in (await client.status()).workers) < 2:  # noqa: ASYNC110
         await asyncio.sleep(0.05)  # the router can only be asked
     await cluster.kill("prefill-0", signal.SIGKILL)
