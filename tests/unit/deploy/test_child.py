@@ -13,7 +13,7 @@ from deploy.child import Child, FirstWord, log_tail, parse_event
 from deploy.waiting import until_gone
 from segue.errors import ConfigError, InternalError
 
-OBEDIENT = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('ready', flush=True); time.sleep(600)"
+OBEDIENT = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(7)); print('ready', flush=True); time.sleep(600)"
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
 
 

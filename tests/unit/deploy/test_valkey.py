@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import redis.asyncio as redis_client
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError
 
 from deploy import valkey as valkey_module
@@ -23,7 +25,7 @@ async def test_it_answers_with_the_password_only(tmp_path: Path) -> None:
             assert await client.ping()
             assert (await client.config_get("save"))["save"] == ""
             assert (await client.config_get("bind"))["bind"] == "127.0.0.1"
-        async with redis_client.Redis(port=valkey.port) as stranger:
+        async with redis_client.Redis(port=valkey.port, retry=Retry(NoBackoff(), 0)) as stranger:
             with pytest.raises(AuthenticationError):
                 await stranger.ping()
 

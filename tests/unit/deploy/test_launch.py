@@ -1,0 +1,131 @@
+"""A whole launch under a real Ray, with stand-ins for router and workers: what is started, kept and left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.launch import Launch, Programs
+from deploy.progress import Stage
+from deploy.sweeper import session_members
+from segue.config import ClusterSettings
+from segue.errors import ConfigError, InternalError, StoreUnavailable
+from segue.models.store import ModelHandle
+
+SETTINGS = ClusterSettings(http_port=0, grpc_port=0, kv_memory=2**20)
+
+
+@pytest.fixture(autouse=True)
+def _no_model_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.launch.resolve", lambda name, progress: ModelHandle("stub", Path("/nowhere"), "r"))
+
+
+def ray_folders() -> set[str]:
+    return {name for name in os.listdir("/tmp") if name.startswith("segue-ray-")}
+
+
+async def test_a_cluster_from_start_to_end(stub_programs: Programs, children: Callable[[], set[int]]) -> None:
+    folders = ray_folders()
+    stages: list[Stage] = []
+    notes: asyncio.Queue[str] = asyncio.Queue()
+    async with Launch(SETTINGS, stages.append, stub_programs) as cluster:
+        assert [stage.name for stage in stages if stage.state == "done"][-1] == "ready"
+        infos = {info.name: info for info in await cluster.processes()}
+        assert list(infos) == ["router", "decode-0", "prefill-0", "ray", "valkey"]
+        assert {info.pid for info in infos.values()} <= children()
+        assert all(info.memory_bytes for info in infos.values())
+        watching = asyncio.create_task(cluster.watch(notes.put_nowait))
+
+        # A worker that is killed comes back by itself, as a new epoch.
+        first = {record.worker_id: record for record in await cluster.workers()}
+        os.kill(first["decode-0"].pid, signal.SIGKILL)
+        while "decode-0 was restarted" not in (note := await notes.get()):
+            assert note.startswith("decode-0 is gone")
+        again = {record.worker_id: record for record in await cluster.workers()}
+        assert again["decode-0"].epoch > first["decode-0"].epoch
+        assert again["prefill-0"] == first["prefill-0"]
+
+        # One that is told to drain leaves for good.
+        os.kill(again["prefill-0"].pid, signal.SIGTERM)
+        assert {await notes.get(), await notes.get()} == {
+            f"prefill-0 is gone, pid {again['prefill-0'].pid}",
+            "prefill-0 drained and left",
+        }
+        watching.cancel()
+        ray_session = cluster.driver.pid
+    assert not children()
+    assert not session_members(ray_session)
+    assert ray_folders() <= folders
+
+
+async def test_a_worker_that_cannot_start_is_told_with_its_log(
+    stub_programs: Programs, monkeypatch: pytest.MonkeyPatch, children: Callable[[], set[int]]
+) -> None:
+    folders = ray_folders()
+    monkeypatch.setenv("SEGUE_STUB_WORKER", "crash")
+    with pytest.raises(InternalError, match=r"(?s)(decode|prefill)-0 died 2 times.*the stub is about to crash"):
+        async with Launch(SETTINGS, programs=stub_programs):
+            pytest.fail("it cannot have started")
+    assert not children()
+    assert ray_folders() <= folders
+
+
+async def test_a_router_that_cannot_start_ends_all(
+    stub_programs: Programs, monkeypatch: pytest.MonkeyPatch, children: Callable[[], set[int]]
+) -> None:
+    monkeypatch.setenv("SEGUE_STUB_ROUTER", "refuse")
+    with pytest.raises(ConfigError, match="the stub router does not like its settings"):
+        async with Launch(SETTINGS, programs=stub_programs):
+            pytest.fail("it cannot have started")
+    assert not children()
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing(stub_programs: Programs, children: Callable[[], set[int]]) -> None:
+    folders = ray_folders()
+    begun = asyncio.Event()
+
+    def report(stage: Stage) -> None:
+        if stage.name == "router":
+            begun.set()
+
+    async def launch() -> None:
+        async with Launch(SETTINGS, report, stub_programs):
+            pytest.fail("it was cancelled")
+
+    starting = asyncio.create_task(launch())
+    await begun.wait()
+    assert len(children()) >= 3  # Valkey, Ray and router
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert not children()
+    assert ray_folders() <= folders
+
+
+async def test_a_store_that_does_not_answer_is_told_at_once(stub_programs: Programs, children: Callable[[], set[int]]) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        settings = SETTINGS.model_copy(update={"redis": f"redis://127.0.0.1:{closed.getsockname()[1]}"})
+        with pytest.raises(StoreUnavailable):
+            await Launch(settings, programs=stub_programs).__aenter__()
+    assert not children()
+
+
+async def test_logs_of_old_runs_are_dropped(stub_programs: Programs, segue_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGUE_STUB_ROUTER", "refuse")
+    for number in range(30):
+        run = segue_home / "logs" / f"run{number}"
+        run.mkdir(parents=True)
+        os.utime(run, (number, number))
+    with pytest.raises(ConfigError):
+        await Launch(SETTINGS, programs=stub_programs).__aenter__()
+    kept = sorted(os.listdir(segue_home / "logs"))
+    assert len(kept) == 20
+    assert "run29" in kept
+    assert "run10" not in kept

@@ -1,0 +1,151 @@
+"""Which replicas are started again, and what is said of those that end. Ray itself runs in test_launch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deploy.driver_events import DriverEvents
+from deploy.ray_driver import DriverPlan, Supervisor
+from deploy.replica import Outcome
+from segue.config import WorkerSettings
+from segue.errors import ConfigError, Unavailable
+
+
+class FakeRay:
+    """As much of the `ray` module as the supervisor uses; each run of a replica takes the next of `outcomes`."""
+
+    class RayError(Exception):
+        pass
+
+    def __init__(self, outcomes: list[Outcome | Exception]) -> None:
+        self.exceptions = SimpleNamespace(RayError=self.RayError)
+        self.options: list[dict[str, Any]] = []
+        self.started: list[WorkerSettings] = []
+        self.killed: list[Any] = []
+        self.first_kill = asyncio.Event()
+        self._outcomes = outcomes
+
+    def remote(self, **options: Any) -> Callable[[Any], Any]:
+        self.options.append(options)
+        return lambda _class: SimpleNamespace(remote=self._start)
+
+    def _start(self, settings: str, _spread: bool) -> Any:
+        self.started.append(WorkerSettings.model_validate_json(settings))
+        return SimpleNamespace(run=SimpleNamespace(remote=lambda _entry: self._run()))
+
+    def _run(self) -> Awaitable[Outcome]:
+        run = asyncio.get_running_loop().create_future()
+        if self._outcomes:
+            outcome = self._outcomes.pop(0)
+            if isinstance(outcome, Exception):
+                run.set_exception(outcome)
+            else:
+                run.set_result(outcome)
+        else:  # it serves
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+        self.first_kill.set()
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 9.0}
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(gcs_address="here:1")
+
+
+def plan(*, threads: int = 2, spread: bool = False) -> DriverPlan:
+    worker = WorkerSettings(
+        cluster_id="c",
+        redis="r",
+        worker_id="decode-0",
+        roles=("decode",),
+        model_dir=Path("/m"),
+        model_name="m",
+        threads=threads,
+    )
+    return DriverPlan("c", "", "module:function", (worker.model_dump_json(),), spread)
+
+
+@pytest.fixture(autouse=True)
+async def _quick_and_without_traces(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    monkeypatch.setattr("deploy.ray_driver._FIRST_PAUSE_S", 0.0)
+    yield
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().remove_signal_handler(number)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+async def test_a_replica_that_gave_up_is_started_again_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    ray = FakeRay([Outcome(drained=False, code="config", error="bad")])
+    ray._outcomes.append(ray.RayError("a bug"))
+    await Supervisor(ray, plan()).run()  # the third run serves, and the fake then asks to stop
+    said = events(capsys.readouterr().out)
+    assert said[0] == {"event": "serving", "address": "here:1"}
+    assert [(event["drained"], event["code"], event["error"]) for event in said[1:]] == [
+        (False, "config", "bad"),
+        (False, "internal", "a bug"),
+    ]
+    assert len(ray.started) == 3
+    assert len(ray.killed) == 3  # also the one that served
+
+
+async def test_ray_restarts_what_dies_and_a_local_ray_gives_each_replica_one_slot() -> None:
+    ray = FakeRay([])
+    await Supervisor(ray, plan(threads=4)).run()
+    (options,) = ray.options
+    assert (options["max_restarts"], options["max_task_retries"], options["max_concurrency"]) == (-1, -1, 1)
+    assert options["num_cpus"] == 1
+    assert ray.started[0].threads == 4
+
+
+async def test_a_replica_that_drained_is_let_go(capsys: pytest.CaptureFixture[str]) -> None:
+    ray = FakeRay([Outcome(drained=True, code="", error="")])
+    supervising = asyncio.create_task(Supervisor(ray, plan()).run())
+    await ray.first_kill.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await supervising
+    assert len(ray.started) == 1
+    assert events(capsys.readouterr().out)[1]["drained"] is True
+
+
+async def test_on_a_ray_cluster_a_replica_asks_for_the_cores_it_keeps_busy() -> None:
+    ray = FakeRay([])
+    await Supervisor(ray, plan(threads=0, spread=True)).run()
+    (options,) = ray.options
+    assert (options["num_cpus"], options["scheduling_strategy"]) == (9, "SPREAD")
+    assert ray.started[0].threads == 9
+
+
+async def test_the_launcher_hears_what_the_driver_says() -> None:
+    heard = DriverEvents()
+    ended = {"event": "replica_ended", "worker_id": "decode-0"}
+    heard.on_line("some noise")
+    heard.on_line(json.dumps({**ended, "drained": False, "code": "config", "error": "bad"}))
+    heard.on_line(json.dumps({**ended, "drained": True, "code": "", "error": ""}))
+    worker_id, error = await heard.next_ended()
+    assert worker_id == "decode-0"
+    assert isinstance(error, ConfigError)
+    assert error.message == "decode-0: bad"
+    assert await heard.next_ended() == ("decode-0", None)
+
+
+async def test_a_start_cannot_go_without_any_replica() -> None:
+    heard = DriverEvents()
+    heard.on_line(json.dumps({"event": "replica_ended", "worker_id": "decode-0", "drained": True, "code": "", "error": ""}))
+    with pytest.raises(Unavailable, match="decode-0 was told to leave"):
+        await heard.raise_failures()
