@@ -27,7 +27,7 @@ async def main() -> None:
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reader.readuntil(b"\r\n\r\n")
-    body = b'{"ready": true}'
+    body = b'{"status": "ok", "ready": true}'
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body))
     await writer.drain()
     writer.close()
