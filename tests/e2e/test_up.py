@@ -1,0 +1,118 @@
+"""`segue up` as a newcomer runs it: the real model under a real Ray, a worker killed, Ctrl-C, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from deploy.sweeper import session_members
+from segue import AsyncClient
+
+COMMAND = (sys.executable, "-c", "from deploy.cli import main; main()")
+FLAGS = ("--http-port", "0", "--grpc-port", "0", "--kv-memory", "128MiB")
+
+
+@dataclass
+class Up:
+    """A `segue up` that runs, and what it has printed."""
+
+    process: asyncio.subprocess.Process
+    lines: list[str] = field(default_factory=list)
+
+    async def line_with(self, text: str) -> str:
+        """The next line that has `text`; fails at the end of the output."""
+        assert self.process.stdout is not None
+        async for raw in self.process.stdout:
+            self.lines.append(raw.decode().rstrip())
+            if text in self.lines[-1]:
+                return self.lines[-1]
+        raise AssertionError("\n".join(["it ended:", *self.lines]))
+
+    def pid_of(self, name: str) -> int:
+        """From the table of processes."""
+        return next(int(match[1]) for line in self.lines if (match := re.match(rf"{name}\s.*?\s(\d+)\s", line)))
+
+    def sessions(self) -> list[int]:
+        """The children of the launcher, each of which leads a session of all that it starts."""
+        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+
+
+@asynccontextmanager
+async def segue_up(*flags: str) -> AsyncIterator[Up]:
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "up", *FLAGS, *flags, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        yield Up(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def until_gone(sessions: list[int]) -> None:
+    """Fails when a process of these sessions is still there after a while."""
+    async with asyncio.timeout(15):
+        while any(session_members(session) for session in sessions):
+            await asyncio.sleep(0.1)
+
+
+def ray_folders() -> set[str]:
+    return {name for name in os.listdir("/tmp") if name.startswith("segue-ray-")}
+
+
+async def test_start_serve_lose_a_worker_and_stop(real_model_dir: Path) -> None:
+    folders = ray_folders()
+    async with segue_up("--model", str(real_model_dir)) as up:
+        serving = await up.line_with("serving ")
+        http, grpc = re.findall(r"127\.0\.0\.1:\d+", serving)
+        assert any("prefill-0 → decode-0 over shm" in line for line in up.lines)  # the sample's way
+        async with httpx.AsyncClient(timeout=60.0) as client:
+            assert (await client.get(f"http://{http}/ready")).status_code == 200
+        async with AsyncClient(grpc) as client:
+            before = await client.generate("The capital of France is", max_tokens=8, temperature=0.0)
+
+            os.kill(up.pid_of("decode-0"), signal.SIGKILL)
+            async with asyncio.timeout(60):
+                await up.line_with("decode-0 was restarted")
+                await client.wait_ready()
+            after = await client.generate("The capital of France is", max_tokens=8, temperature=0.0)
+        assert after.token_ids == before.token_ids
+
+        sessions = up.sessions()
+        assert len(sessions) >= 3  # Valkey, Ray, router
+        up.process.send_signal(signal.SIGINT)
+        await up.line_with("stopped")
+        assert await up.process.wait() == 0
+        assert not any(session_members(session) for session in sessions)
+    assert ray_folders() <= folders
+
+
+async def test_a_killed_launcher_takes_all_with_it(real_model_dir: Path) -> None:
+    folders = ray_folders()
+    async with segue_up("--model", str(real_model_dir)) as up:
+        await up.line_with("ray: 1")  # Ray runs, the workers are loading
+        sessions = up.sessions()
+        assert len(sessions) >= 3
+        up.process.kill()
+        await up.process.wait()
+        await until_gone(sessions)
+        async with asyncio.timeout(15):
+            while not ray_folders() <= folders:
+                await asyncio.sleep(0.1)
+
+
+async def test_what_is_wrong_is_told_in_a_line_and_nothing_is_left(tmp_path: Path) -> None:
+    async with segue_up("--model", str(tmp_path)) as up:
+        await up.line_with("error: ")
+        assert await up.process.wait() == 1
+        assert "Traceback" not in "\n".join(up.lines)
