@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import sys
 import tempfile
@@ -14,14 +15,20 @@ from deploy.child import Child
 from deploy.ray_driver import DriverPlan
 
 # Ray puts sockets in its folder, and the path of a socket may have 107 characters: so /tmp, and not a longer TMPDIR.
-_TEMP_ROOT = Path("/tmp")  # mkdtemp makes the folder below it, for its owner alone
+TEMP_ROOT = Path("/tmp")  # mkdtemp makes the folder below it, for its owner alone
+FOLDER_PREFIX = "segue-ray-"
 _SWEEPER = Path(__file__).with_name("sweeper.py")
 # Ray takes 1.3 s to shut down on a quiet machine.
 _STOP_S = 20.0
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 # Ray would end workers when the *machine* runs short of memory, whoever uses it.
-_LOCAL = {"RAY_memory_monitor_refresh_ms": "0", "RAY_AUTH_MODE": "token"}
+_LOCAL = {
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_AUTH_MODE": "token",
+    # Ray's servers listen on loopback only; under its own name for it, a Ray that no other node can join.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 
 
 @asynccontextmanager
@@ -31,7 +38,7 @@ async def ray_cluster(plan: DriverPlan, log: Path, on_line: Callable[[str], None
     A local Ray is reached with a random token only; one at an address takes RAY_AUTH_MODE and RAY_AUTH_TOKEN as Ray does.
     At the end not one process of a local Ray is left, nor its folder.
     """
-    folder = tempfile.mkdtemp(prefix="segue-ray-", dir=_TEMP_ROOT)
+    folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=TEMP_ROOT)
     env = dict(_QUIET) if plan.ray_address else _QUIET | _LOCAL | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     command = [sys.executable, "-m", "deploy.ray_driver"]
     stdin = plan.with_temp_dir(folder).to_json().encode()

@@ -13,6 +13,7 @@ import pytest
 
 from deploy.launch import Launch, Programs
 from deploy.progress import Stage
+from deploy.ray_cluster import FOLDER_PREFIX, TEMP_ROOT
 from deploy.sweeper import session_members
 from segue.config import ClusterSettings
 from segue.errors import ConfigError, InternalError, StoreUnavailable
@@ -26,12 +27,12 @@ def _no_model_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.launch.resolve", lambda name, progress: ModelHandle("stub", Path("/nowhere"), "r"))
 
 
-def ray_folders() -> set[str]:
-    return {name for name in os.listdir("/tmp") if name.startswith("segue-ray-")}
+def ray_folders() -> list[Path]:
+    """Of launches by this process."""
+    return list(TEMP_ROOT.glob(f"{FOLDER_PREFIX}{os.getpid()}-*"))
 
 
 async def test_a_cluster_from_start_to_end(stub_programs: Programs, children: Callable[[], set[int]]) -> None:
-    folders = ray_folders()
     stages: list[Stage] = []
     notes: asyncio.Queue[str] = asyncio.Queue()
     async with Launch(SETTINGS, stages.append, stub_programs) as cluster:
@@ -59,21 +60,21 @@ async def test_a_cluster_from_start_to_end(stub_programs: Programs, children: Ca
         }
         watching.cancel()
         ray_session = cluster.driver.pid
+        assert ray_folders()
     assert not children()
     assert not session_members(ray_session)
-    assert ray_folders() <= folders
+    assert not ray_folders()
 
 
 async def test_a_worker_that_cannot_start_is_told_with_its_log(
     stub_programs: Programs, monkeypatch: pytest.MonkeyPatch, children: Callable[[], set[int]]
 ) -> None:
-    folders = ray_folders()
     monkeypatch.setenv("SEGUE_STUB_WORKER", "crash")
     with pytest.raises(InternalError, match=r"(?s)(decode|prefill)-0 died 2 times.*the stub is about to crash"):
         async with Launch(SETTINGS, programs=stub_programs):
             pytest.fail("it cannot have started")
     assert not children()
-    assert ray_folders() <= folders
+    assert not ray_folders()
 
 
 async def test_a_router_that_cannot_start_ends_all(
@@ -87,7 +88,6 @@ async def test_a_router_that_cannot_start_ends_all(
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(stub_programs: Programs, children: Callable[[], set[int]]) -> None:
-    folders = ray_folders()
     begun = asyncio.Event()
 
     def report(stage: Stage) -> None:
@@ -105,7 +105,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(stub_programs: Programs,
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert not children()
-    assert ray_folders() <= folders
+    assert not ray_folders()
 
 
 async def test_a_store_that_does_not_answer_is_told_at_once(stub_programs: Programs, children: Callable[[], set[int]]) -> None:
