@@ -25,7 +25,7 @@ test: install ## Run every check and test, as CI does; ARGS="..." goes to pytest
 	@echo "== format";       $(BIN)/ruff format --check --quiet $(PACKAGES) || { echo "run: make format"; exit 1; }
 	@echo "== lint";         $(BIN)/ruff check --quiet $(PACKAGES)
 	@echo "== types";        $(BIN)/mypy
-	@echo "== import rules"; $(BIN)/lint-imports
+	@echo "== import rules"; $(BIN)/lint-imports --no-logo
 	@echo "== proto";        $(BIN)/python -m pytest -q --no-header tests/unit/test_proto_stubs.py
 	@echo "== tests";        $(BIN)/python -m pytest -q --no-header $(ARGS)
 
