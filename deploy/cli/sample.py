@@ -37,5 +37,6 @@ def _answer(client: Client, prompt: Prompt, shown: str, console: Console) -> Non
 
     with client.stream(prompt, temperature=0, max_tokens=_MAX_TOKENS, timeout_s=_TIMEOUT_S) as events:
         answer = follow(events, show)
-    moved = answer.generation.path.transferred_bytes / 2**20
-    console.print(f"\n{footer(answer)} · {moved:.1f} MiB of KV cache sent", style="dim", markup=False)
+    num_bytes = answer.generation.path.transferred_bytes
+    moved = f" · {num_bytes / 2**20:.1f} MiB of KV cache sent" if num_bytes else ""
+    console.print(f"\n{footer(answer)}{moved}", style="dim", markup=False)
