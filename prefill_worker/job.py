@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from engine.sequence import Sequence
 from kv_transfer.sender import Push
 from prefill_worker.outgoing import OutgoingKV
-from segue.errors import SegueError
+from segue.errors import InternalError, SegueError
 from segue.runtime import event_that_is_set
 from segue.sampling import GeneratedToken
 from segue.v1 import worker_pb2 as pb
@@ -35,6 +35,11 @@ class PrefillJob:
     opened_push: Push | None = None
     # Clear while a step computes this sequence: its blocks are being written.
     idle: asyncio.Event = field(default_factory=event_that_is_set)
+
+    def on_opened(self, opening: asyncio.Task[None]) -> None:
+        """A defect while the ticket was being attached ends the job; it would wait for the push forever."""
+        if not opening.cancelled() and (error := opening.exception()) is not None:
+            self.fail(InternalError(f"attaching the ticket failed: {error!r}"))
 
     def fail(self, error: SegueError) -> None:
         """Ends the job with `error` wherever it waits now."""

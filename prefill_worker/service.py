@@ -149,6 +149,7 @@ class PrefillService:
         job = self._jobs.get(key)
         if job is not None and job.opening is None:
             job.opening = asyncio.create_task(self._open_push(job, ticket))
+            job.opening.add_done_callback(job.on_opened)
 
     async def _open_push(self, job: PrefillJob, ticket: Ticket) -> None:
         try:

@@ -29,7 +29,8 @@ LINK_OPTIONS = [
     ("grpc.max_send_message_length", 64 * 2**20),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # What a server allows its clients: their keepalive, also while nothing else is said.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     # Two workers must never share a port.
     ("grpc.so_reuseport", 0),
