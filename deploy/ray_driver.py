@@ -132,8 +132,13 @@ def main() -> int:
     try:
         init_ray(ray, plan)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        where = f"at {plan.ray_address}" if plan.ray_address else "on this machine"
-        say("failed", code="unavailable", error=f"no Ray {where}: {error}")
+        where, advice = "on this machine", "segue doctor may tell more"
+        if plan.ray_address:
+            where, advice = (
+                f"at {plan.ray_address}",
+                "does it run, and are RAY_AUTH_MODE and RAY_AUTH_TOKEN those of the cluster?",
+            )
+        say("failed", code="unavailable", error=f"no Ray {where}: {error}; {advice}")
         return 1
     try:
         asyncio.run(Supervisor(ray, plan).run())
