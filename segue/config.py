@@ -85,7 +85,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
 class EngineSettings(Settings):
     """What decides how a worker computes; all workers of a cluster share it."""
 
-    dtype: Dtype = "float32"
+    dtype: Dtype = Field("float32", description="Number format of weights, activations and KV cache")
     kv_memory: NumBytes = Field(2**29, ge=1, description="Memory for KV cache of each worker, in bytes")
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one KV block")
     threads: int = Field(0, ge=0, description="Compute threads of each worker; 0 shares out the cores")
