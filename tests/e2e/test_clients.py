@@ -17,6 +17,8 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from bench.local_cluster import LocalCluster
+from segue import AsyncClient, GenerateOptions
+from segue.errors import RequestError
 from tests.support.leaks import assert_no_leaks_at
 from tests.support.tiny_model import make_tiny_model
 
@@ -110,6 +112,48 @@ async def test_a_client_that_hangs_up_frees_everything(cluster: LocalCluster) ->
         await reader.readuntil(b"data: ")  # the answer has begun
         writer.transport.abort()
     # The no_leaks fixture now waits until both workers hold nothing.
+
+
+BAD_REQUESTS: list[tuple[str, bytes, int, str | None]] = [
+    ("/v1/completions", b"{", 400, None),
+    ("/v1/completions", b'{"prompt": "\xff\xfe"}', 400, None),
+    ("/v1/completions", json.dumps(options(prompt="")).encode(), 400, "prompt"),
+    ("/v1/completions", json.dumps(options(prompt="x" * 600)).encode(), 400, "prompt"),
+    ("/v1/completions", json.dumps(options(prompt=[[1, 2], "a"])).encode(), 400, "prompt"),
+    ("/v1/completions", json.dumps(options(prompt=[99999])).encode(), 400, "prompt"),
+    ("/v1/completions", json.dumps(options(prompt="a", max_tokens=10**9)).encode(), 400, "max_tokens"),
+    ("/v1/completions", json.dumps(options(prompt="a", temperature="hot")).encode(), 400, "temperature"),
+    ("/v1/completions", json.dumps(options(prompt="a", top_p=0)).encode(), 400, "top_p"),
+    ("/v1/completions", json.dumps(options(prompt="a", n=0)).encode(), 400, "n"),
+    ("/v1/completions", json.dumps(options(prompt="a", made_up=1)).encode(), 400, "made_up"),
+    ("/v1/completions", json.dumps(options(prompt="a", model="other")).encode(), 404, "model"),
+    ("/v1/completions", b'{"prompt": "' + b"x" * (9 * 2**20) + b'"}', 413, None),
+    ("/v1/chat/completions", json.dumps(options(messages=[])).encode(), 400, "messages"),
+    ("/v1/chat/completions", json.dumps(options(messages=[{"role": "bard", "content": "x"}])).encode(), 400, "messages"),
+]
+
+
+async def test_bad_input_is_refused_by_name_and_the_cluster_serves_on(cluster: LocalCluster) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{cluster.http_address}", timeout=30) as http:
+        for path, body, status, param in BAD_REQUESTS:
+            response = await http.post(path, content=body, headers={"content-type": "application/json"})
+            error = response.json()["error"]
+            assert response.status_code == status, (body[:80], error)
+            assert param is None or str(error["param"]).startswith(param), (body[:80], error)
+        good = await http.post("/v1/completions", json=options(prompt="a"))
+        assert good.status_code == 200
+    requests = (
+        (GenerateOptions(max_tokens=0), "max_tokens"),
+        (GenerateOptions(top_p=2.0), "top_p"),
+        (GenerateOptions(num_choices=99), "num_choices"),
+        (GenerateOptions(model="other"), "model"),
+    )
+    async with AsyncClient(cluster.grpc_address) as client:
+        for bad, field in requests:
+            with pytest.raises(RequestError) as caught:
+                await client.generate("a", **bad)
+            assert caught.value.field == field
+        assert (await client.generate("a", max_tokens=2)).usage.num_output_tokens >= 1
 
 
 async def test_health_endpoints_tell(cluster: LocalCluster) -> None:
