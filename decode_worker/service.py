@@ -100,8 +100,8 @@ class DecodeService:
             is_local=message.prefill_worker_id == self._worker_id,
             block_hashes=block_hashes(token_ids, self._engine.layout.block_size),
         )
-        self._waiting.append(job)
-        self._jobs.start(job, self._serve(job), self._release)
+        if self._jobs.start(job, self._serve(job), self._release):
+            self._waiting.append(job)
         self._admit()
 
     async def _serve(self, job: DecodeJob) -> None:

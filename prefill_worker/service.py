@@ -100,8 +100,8 @@ class PrefillService:
             block_hashes=block_hashes(token_ids, layout.block_size),
             outgoing=OutgoingKV(layout, len(token_ids)),
         )
-        self._waiting.append(job)
-        self._jobs.start(job, self._serve(job), self._release)
+        if self._jobs.start(job, self._serve(job), self._release):
+            self._waiting.append(job)
         self._wake.set()
 
     async def _serve(self, job: PrefillJob) -> None:

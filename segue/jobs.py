@@ -45,20 +45,21 @@ class JobTable(Generic[JobT]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def start(self, job: JobT, service: Coroutine[None, None, None], release: Callable[[JobT], Awaitable[None]]) -> None:
+    def start(self, job: JobT, service: Coroutine[None, None, None], release: Callable[[JobT], Awaitable[None]]) -> bool:
         """Runs `service`, which a cancellation may end at any await, then `release`, which nothing interrupts.
 
-        A key that is already there fails the newcomer and leaves the first alone.
+        A key that is already there fails the newcomer and leaves the first alone: False, and nothing runs.
         """
         key = sequence_id(job.key)
         if key in self._entries:
             service.close()
             job.link.send_failed(job.key, InternalError(f"sequence {key} is already being served here"))
-            return
+            return False
         self._entries[key] = entry = _Entry(job)
         self._empty.clear()
         entry.task = asyncio.create_task(self._live(entry, service, release))
         entry.task.add_done_callback(lambda task: self._on_done(key, job, task))
+        return True
 
     def get(self, key: pb.SequenceKey) -> JobT | None:
         entry = self._entries.get(sequence_id(key))

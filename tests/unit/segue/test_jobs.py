@@ -83,8 +83,8 @@ async def test_a_broken_link_drops_its_own_jobs_only() -> None:
 async def test_a_key_that_is_taken_fails_the_newcomer() -> None:
     table: JobTable[FakeJob] = JobTable()
     first, second = make_job(), make_job()
-    table.start(first, first.serve(), first.release)
-    table.start(second, second.serve(), second.release)
+    assert table.start(first, first.serve(), first.release)
+    assert not table.start(second, second.serve(), second.release)
     message = await second.link.next_message()
     assert message.failed.code == "internal"
     assert table.get(first.key) is first
