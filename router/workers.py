@@ -20,7 +20,7 @@ import grpc.aio
 from router.placement import WorkerFacts
 from segue.errors import SegueError, StoreUnavailable, WorkerLost, error_from_code
 from segue.membership import Membership
-from segue.runtime import Wakeups, background, cancelled
+from segue.runtime import Wakeups, background
 from segue.v1 import inference_pb2, worker_pb2
 from segue.v1.worker_pb2_grpc import WorkerServiceStub
 from segue.worker_link import LINK_OPTIONS, SequenceId, sequence_id
@@ -177,7 +177,9 @@ class Workers:
             async with background(self._follow()):
                 yield self
         finally:
-            await cancelled(list(self._tasks.values()))
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def available(self) -> list[WorkerLink]:
         return [link for link in self._links.values() if link.is_available]

@@ -84,10 +84,11 @@ class Membership:
         try:
             while True:
                 try:
-                    if not pubsub.subscribed:
-                        await pubsub.subscribe(f"{self._prefix}:changes")
-                    await pubsub.get_message(timeout=interval_s)
-                except _STORE_ERRORS:
+                    async with _as_store_unavailable():
+                        if not pubsub.subscribed:
+                            await pubsub.subscribe(f"{self._prefix}:changes")
+                        await pubsub.get_message(timeout=interval_s)
+                except StoreUnavailable:
                     await asyncio.sleep(interval_s)  # nothing to wait for while the store is away
                 yield
         finally:
@@ -99,10 +100,25 @@ class Membership:
 
 @asynccontextmanager
 async def _as_store_unavailable() -> AsyncIterator[None]:
+    """Turns what goes wrong with the store into StoreUnavailable, and lets no cancellation get lost.
+
+    redis may swallow one that comes while it makes a connection; but the task has counted it.
+    """
+    num_before = _num_cancellations()
+    failure: Exception | None = None
     try:
         yield
     except _STORE_ERRORS as error:
-        raise StoreUnavailable(f"the membership store does not answer: {error}") from error
+        failure = error
+    if _num_cancellations() > num_before:
+        raise asyncio.CancelledError from failure
+    if failure is not None:
+        raise StoreUnavailable(f"the membership store does not answer: {failure}") from failure
+
+
+def _num_cancellations() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
 
 
 @asynccontextmanager

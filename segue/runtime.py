@@ -11,7 +11,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 from segue.errors import SegueError
@@ -58,19 +58,6 @@ def event_that_is_set() -> asyncio.Event:
     return event
 
 
-async def cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancels `tasks` and returns when all have ended, however they end.
-
-    Again and again: a library may swallow a cancellation (redis does, when it comes while a connection is being made), and the
-    task would go on forever.
-    """
-    while pending := [task for task in tasks if not task.done()]:
-        for task in pending:
-            task.cancel()
-        await asyncio.wait(pending, timeout=1.0)
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 @asynccontextmanager
 async def background(*coroutines: Coroutine[None, None, None]) -> AsyncIterator[None]:
     """Runs `coroutines` beside the block and cancels them at its end. One that ends by itself is let be; one that raises
@@ -96,7 +83,8 @@ async def background(*coroutines: Coroutine[None, None, None]) -> AsyncIterator[
     finally:
         for task in tasks:
             task.remove_done_callback(on_done)
-        await cancelled(tasks)
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Wakeups:

@@ -62,6 +62,23 @@ async def test_changes_are_told(membership: Membership) -> None:
             await asyncio.wait({waiting}, timeout=0.05)
 
 
+async def test_a_follower_can_be_cancelled_at_any_moment(membership: Membership) -> None:
+    """Also while its connection to the store is being made, where redis swallows cancellations."""
+
+    async def follow() -> None:
+        async with aclosing(membership.changes(60.0)) as changes:
+            async for _ in changes:
+                await membership.list_workers()
+
+    for num_steps in range(60):
+        following = asyncio.create_task(follow())
+        for _ in range(num_steps):
+            await asyncio.sleep(0)
+        following.cancel()
+        await asyncio.wait({following}, timeout=20)
+        assert following.cancelled(), f"after {num_steps} steps of the loop"
+
+
 async def test_an_unreadable_record_is_left_out(membership: Membership, valkey: Valkey, cluster_id: str) -> None:
     await membership.announce(record(), 60_000)
     await membership._redis.set(f"segue:{cluster_id}:worker:junk", b"\xff\xff\xff")

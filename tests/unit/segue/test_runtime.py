@@ -19,24 +19,6 @@ async def test_background_work_is_cancelled_with_its_block() -> None:
     assert ended.is_set()
 
 
-async def test_a_swallowed_cancellation_is_repeated() -> None:
-    swallowed = 0
-
-    async def deaf_at_first() -> None:
-        nonlocal swallowed
-        while True:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                swallowed += 1
-                if swallowed == 2:
-                    raise
-
-    async with background(deaf_at_first()):
-        await asyncio.sleep(0)
-    assert swallowed == 2
-
-
 async def test_an_error_in_the_background_ends_the_block_with_that_error() -> None:
     async def fail() -> None:
         raise ValueError("boom")
