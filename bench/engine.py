@@ -29,6 +29,7 @@ from engine.engine import Engine
 from engine.layout import kv_layout
 from engine.sequence import Sequence
 from engine.step import Chunk
+from engine.weights import WeightFormats
 from segue.config import DEFAULT_MODEL, Dtype, EngineSettings
 from segue.errors import SegueError
 from segue.kv_layout import DTYPE_BYTES
@@ -206,7 +207,7 @@ async def run(model: str, *, settings: EngineSettings, repeats: int, console: Co
     torch.set_num_threads(settings.threads)
     rates = measure_rates(getattr(torch, settings.dtype))
     work = Work(config, DTYPE_BYTES[settings.dtype])
-    with Engine.load(handle.path, config, layout, num_blocks, memory, threads=settings.threads) as engine:
+    with Engine.load(handle.path, config, layout, num_blocks, memory, WeightFormats(), threads=settings.threads) as engine:
         cases = make_cases(Bench(engine), work, rates, settings.max_prefill_tokens)
         runs: dict[str, list[float]] = {case.metric: [] for case in cases}
         with console.status("") as state:

@@ -19,7 +19,9 @@ import grpc.aio
 
 from decode_worker.service import DecodeService
 from engine.engine import Engine
+from engine.kv_cache import TORCH_DTYPES
 from engine.layout import kv_layout
+from engine.weights import WeightFormats
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.memory import KVMemory
 from kv_transfer.receiver import KVReceiver
@@ -78,8 +80,16 @@ def _load(settings: WorkerSettings) -> tuple[Engine, KVMemory]:
             f"kv_memory: {settings.kv_memory} bytes hold {num_blocks} blocks of {layout.block_bytes} bytes; give it more"
         )
     memory = KVMemory.allocate(layout, num_blocks)
+    formats = WeightFormats(TORCH_DTYPES[settings.dtype], settings.own_quantization, frozenset(settings.keep_float))
     engine = Engine.load(
-        settings.model_dir, config, layout, num_blocks, memory.buffer, threads=settings.threads or os.cpu_count() or 1
+        settings.model_dir,
+        config,
+        layout,
+        num_blocks,
+        memory.buffer,
+        formats,
+        threads=settings.threads or os.cpu_count() or 1,
+        device=settings.device,
     )
     return engine, memory
 

@@ -13,6 +13,7 @@ first, when there are no free ones. Not thread-safe: one event loop owns a pool.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Iterable, Sequence
 
 from segue.errors import InternalError
@@ -23,8 +24,9 @@ class Lease:
 
     __slots__ = ("block_ids", "is_released", "num_cached")
 
-    def __init__(self, block_ids: list[int], num_cached: int) -> None:
-        self.block_ids = block_ids
+    def __init__(self, block_ids: Iterable[int], num_cached: int) -> None:
+        # An array, whose memory kernels read as it is: a step copies no table of blocks.
+        self.block_ids = array("i", block_ids)
         # Leading blocks that came out of the prefix cache, already computed.
         self.num_cached = num_cached
         self.is_released = False

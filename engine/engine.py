@@ -17,13 +17,14 @@ from typing import Self
 
 import torch
 
-from engine.attention import TorchAttention
 from engine.block_pool import BlockPool
-from engine.kv_cache import TORCH_DTYPES, KVCache, WritableBuffer
+from engine.kernels.choice import make_kernels
+from engine.kv_cache import KVCache, WritableBuffer
 from engine.model import Decoder
+from engine.rotary import RotaryTable
 from engine.sampler import sample
 from engine.step import Chunk, prepare_step
-from engine.weights import load_weights
+from engine.weights import WeightFormats, load_weights
 from segue.errors import ConfigError, InternalError, InvalidRequest
 from segue.kv_layout import KVLayout
 from segue.models.config import ModelConfig
@@ -49,22 +50,30 @@ class Engine:
         layout: KVLayout,
         num_blocks: int,
         kv_buffer: WritableBuffer,
+        formats: WeightFormats,
         *,
         threads: int,
         device: str = "cpu",
+        kernels: str = "auto",
     ) -> Engine:
         """`kv_buffer` is writable, holds num_blocks * layout.block_bytes bytes and outlives the engine.
 
         Raises ModelFileError for weights that are missing, damaged or do not fit `config`.
         """
-        if device != "cpu":
-            raise ConfigError(f"device: only cpu is supported, not {device}")
         if threads < 1:
             raise ConfigError(f"threads: must be at least 1, not {threads}")
-        cache = KVCache(kv_buffer, layout, num_blocks)
-        weights = load_weights(model_dir, config, cache.dtype)
-        decoder = Decoder(config, weights, TorchAttention(config, cache))
+        cache = KVCache.over(kv_buffer, layout, num_blocks)
+        rotary = RotaryTable(config.rope, config.head_dim, config.max_context)
+        backend = make_kernels(config, cache, rotary, threads=threads, device=device, kernels=kernels)
+        decoder = Decoder(load_weights(model_dir, config, formats), backend)
         return cls(config, layout, BlockPool(num_blocks), decoder, threads=threads)
+
+    @property
+    def decoder(self) -> Decoder:
+        """Raises InternalError when the engine is closed."""
+        if self._decoder is None:
+            raise InternalError("the engine is closed")
+        return self._decoder
 
     def check_fits(self, prompt_token_ids: Chunks[int], max_tokens: int) -> None:
         """Raises InvalidRequest, naming the field, for a prompt that this engine cannot compute or that its KV memory cannot
@@ -104,12 +113,11 @@ class Engine:
         self.close()
 
     def _compute(self, chunks: Chunks[Chunk], on_layer: Callable[[int], None] | None) -> list[GeneratedToken | None]:
-        if self._decoder is None:
-            raise InternalError("the engine is closed")
+        decoder = self.decoder
         tokens: list[GeneratedToken | None] = [None] * len(chunks)
         with torch.inference_mode():
-            step = prepare_step(chunks, self.layout, TORCH_DTYPES[self.layout.dtype])
-            logits = self._decoder.forward(step, on_layer)
+            step = prepare_step(chunks, self.layout)
+            logits = decoder.forward(step, on_layer)
             sampled = sample(logits, [chunks[index].sequence for index in step.sampled_chunks])
         for index, token in zip(step.sampled_chunks, sampled, strict=True):
             tokens[index] = token

@@ -8,12 +8,14 @@ from segue.models.config import ModelConfig
 
 
 def kv_layout(config: ModelConfig, settings: EngineSettings, model_revision: str) -> KVLayout:
-    """`model_revision` stands for the weights: workers with different ones never exchange KV."""
+    """`model_revision` stands for the weights: workers with different ones never exchange KV, nor do workers of clusters that
+    hold them in different formats."""
     return KVLayout(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         block_size=settings.block_size,
-        dtype=settings.dtype,
+        dtype=settings.dtype if settings.kv_dtype == "auto" else settings.kv_dtype,
         model_revision=model_revision,
+        weights=settings.weights,
     )

@@ -9,25 +9,25 @@ import torch
 from segue.models.config import LinearScaling, Llama3Scaling, RopeConfig
 
 
-class Rotary:
-    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+class RotaryTable:
+    """Cosines and sines of positions 0 ... max_context - 1, computed once: the same bits whatever else is in a step."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int, max_context: int) -> None:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        # Radians for each position, for each pair of a head's elements. [head_dim / 2]
         frequencies = 1.0 / (rope.theta**exponents)
         if isinstance(rope.scaling, LinearScaling):
             frequencies = frequencies / rope.scaling.factor
         elif isinstance(rope.scaling, Llama3Scaling):
             frequencies = _scale_llama3(frequencies, rope.scaling)
-        # Radians for each position, for each pair of a head's elements. [head_dim / 2] float32
-        self._frequencies = frequencies
+        angles = torch.arange(max_context, dtype=torch.float32)[:, None] * frequencies
+        # [max_context, head_dim] float32: head_dim / 2 cosines, then as many sines.
+        self.table = torch.cat([angles.cos(), angles.sin()], -1)
 
-    def tables(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines [tokens, 1, head_dim] for positions [tokens]; computed in float32, given in `dtype`.
-
-        The sines of the first half are negative, as `rotate` wants them.
-        """
-        angles = positions[:, None].to(torch.float32) * self._frequencies
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
+    def rows(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and signed sines [tokens, 1, head_dim] float32 of positions [tokens], as `rotate` wants them."""
+        cos, sin = self.table[positions].chunk(2, dim=-1)
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> None:

@@ -1,4 +1,5 @@
-"""A model's weights, read from safetensors and laid out for the decoder: q, k, v in one matrix, gate and up in another.
+"""A model's weights, read from safetensors and put into the formats that a worker computes in: q, k, v in one matrix, gate and
+up in another.
 
 Matrices are [outputs, inputs]. What need not be joined or converted stays a view of the mapped file, which workers on one
 host share.
@@ -7,54 +8,80 @@ host share.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from engine.linear import FloatWeight, Linear
+from engine.quantization import quantize_int4, quantize_int8
 from engine.tensor_files import TensorFiles
+from segue.config import Quantization
 from segue.errors import ModelFileError
 from segue.models.config import ModelConfig
+
+# Linear layers of one decoder layer, and the output head.
+LINEAR_NAMES = ("qkv", "attention_output", "gate_up", "down", "head")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormats:
+    """How each linear layer's weights are held."""
+
+    dtype: torch.dtype = torch.float32
+    quantization: Quantization = "none"
+    # Names of LINEAR_NAMES that stay in `dtype` all the same.
+    keep_float: frozenset[str] = frozenset()
+    # Smoothing vectors [inputs] float32 of int8 layers by name: "layers.0.qkv", "head".
+    smoothing: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def convert(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """weight: [outputs, inputs]; bias: [outputs] float32."""
+        if self.quantization == "none" or name.rpartition(".")[2] in self.keep_float:
+            return Linear(FloatWeight(weight.to(self.dtype)), bias)
+        if self.quantization == "int8":
+            quantized, input_scales = quantize_int8(weight, self.smoothing.get(name))
+            return Linear(quantized, bias, input_scales)
+        return Linear(quantize_int4(weight), bias)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
+    # Norms are float32.
     input_norm: torch.Tensor
     # [(num_heads + 2 * num_kv_heads) * head_dim, hidden_size]
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    qkv: Linear
     # Repeated for each head: q's norm for the first num_heads, k's for the next num_kv_heads. [heads, head_dim]
     qk_norm: torch.Tensor | None
     # [hidden_size, num_heads * head_dim]
-    attention_output: torch.Tensor
-    attention_output_bias: torch.Tensor | None
+    attention_output: Linear
     mlp_norm: torch.Tensor
     # [2 * intermediate_size, hidden_size]
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
+    gate_up: Linear
     # [hidden_size, intermediate_size]
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    # [vocab_size, hidden_size]; the same tensor twice when the model ties them.
+    # [vocab_size, hidden_size] in the formats' dtype
     embedding: torch.Tensor
-    head: torch.Tensor
+    # [vocab_size, hidden_size]
+    head: Linear
     final_norm: torch.Tensor
     layers: list[LayerWeights]
 
 
-def load_weights(model_dir: Path, config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
+def load_weights(model_dir: Path, config: ModelConfig, formats: WeightFormats) -> ModelWeights:
     """Raises ModelFileError, naming tensor and file, for tensors that are missing, unexpected or of another shape."""
-    reader = _Reader(TensorFiles(model_dir), config, dtype)
+    reader = _Reader(TensorFiles(model_dir), config, formats)
     embedding = reader.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-    layers = [reader.layer(f"model.layers.{index}.") for index in range(config.num_layers)]
-    final_norm = reader.take("model.norm.weight", config.hidden_size)
+    layers = [reader.layer(index) for index in range(config.num_layers)]
+    final_norm = reader.norm("model.norm.weight", config.hidden_size)
     head = embedding if config.tie_embeddings else reader.take("lm_head.weight", config.vocab_size, config.hidden_size)
     reader.require_all_used()
-    return ModelWeights(embedding, head, final_norm, layers)
+    return ModelWeights(embedding.to(formats.dtype), formats.convert("head", head, None), final_norm, layers)
 
 
 # Written by some exporters: derived from the configuration, or a second copy of a tied matrix.
@@ -62,10 +89,10 @@ _IGNORED = re.compile(r"lm_head\.weight|.*\.rotary_emb\.inv_freq")
 
 
 class _Reader:
-    def __init__(self, files: TensorFiles, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, files: TensorFiles, config: ModelConfig, formats: WeightFormats) -> None:
         self._files = files
         self._config = config
-        self._dtype = dtype
+        self._formats = formats
         self._used: set[str] = set()
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
@@ -77,27 +104,26 @@ class _Reader:
         if not tensor.is_floating_point():
             raise ModelFileError(f"{self._files.file_of(name)}: {name} holds {tensor.dtype}, not floating-point numbers")
         self._used.add(name)
-        return tensor.to(self._dtype)
+        return tensor
 
-    def layer(self, prefix: str) -> LayerWeights:
-        config = self._config
+    def norm(self, name: str, *shape: int) -> torch.Tensor:
+        return self.take(name, *shape).to(torch.float32)
+
+    def layer(self, index: int) -> LayerWeights:
+        config, prefix = self._config, f"model.layers.{index}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         qkv = {f"{attention}q_proj": query, f"{attention}k_proj": key_value, f"{attention}v_proj": key_value}
         gate_up = {f"{mlp}gate_proj": config.intermediate_size, f"{mlp}up_proj": config.intermediate_size}
         output, down = {f"{attention}o_proj": config.hidden_size}, {f"{mlp}down_proj": config.hidden_size}
         return LayerWeights(
-            input_norm=self.take(f"{prefix}input_layernorm.weight", config.hidden_size),
-            qkv=self._joined(qkv, config.hidden_size),
-            qkv_bias=self._biases(qkv, config.attention_bias),
+            input_norm=self.norm(f"{prefix}input_layernorm.weight", config.hidden_size),
+            qkv=self._linear(f"layers.{index}.qkv", qkv, config.hidden_size, config.attention_bias),
             qk_norm=self._qk_norm(attention),
-            attention_output=self._joined(output, query),
-            attention_output_bias=self._biases(output, config.attention_output_bias),
-            mlp_norm=self.take(f"{prefix}post_attention_layernorm.weight", config.hidden_size),
-            gate_up=self._joined(gate_up, config.hidden_size),
-            gate_up_bias=self._biases(gate_up, config.mlp_bias),
-            down=self._joined(down, config.intermediate_size),
-            down_bias=self._biases(down, config.mlp_bias),
+            attention_output=self._linear(f"layers.{index}.attention_output", output, query, config.attention_output_bias),
+            mlp_norm=self.norm(f"{prefix}post_attention_layernorm.weight", config.hidden_size),
+            gate_up=self._linear(f"layers.{index}.gate_up", gate_up, config.hidden_size, config.mlp_bias),
+            down=self._linear(f"layers.{index}.down", down, config.intermediate_size, config.mlp_bias),
         )
 
     def require_all_used(self) -> None:
@@ -109,19 +135,19 @@ class _Reader:
                 f" config.json does not have: {shown}"
             )
 
-    def _joined(self, parts: dict[str, int], num_inputs: int) -> torch.Tensor:
-        tensors = [self.take(f"{name}.weight", num_outputs, num_inputs) for name, num_outputs in parts.items()]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-    def _biases(self, parts: dict[str, int], are_there: bool) -> torch.Tensor | None:
-        if not are_there:
-            return None
-        return torch.cat([self.take(f"{name}.bias", num_outputs) for name, num_outputs in parts.items()])
+    def _linear(self, name: str, parts: dict[str, int], num_inputs: int, has_bias: bool) -> Linear:
+        """Projections of the same inputs as one layer; `parts` gives the number of outputs of each."""
+        weights = [self.take(f"{part}.weight", num_outputs, num_inputs) for part, num_outputs in parts.items()]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias = None
+        if has_bias:
+            bias = torch.cat([self.norm(f"{part}.bias", num_outputs) for part, num_outputs in parts.items()])
+        return self._formats.convert(name, weight, bias)
 
     def _qk_norm(self, attention: str) -> torch.Tensor | None:
         config = self._config
         if not config.qk_norm:
             return None
-        query = self.take(f"{attention}q_norm.weight", config.head_dim).expand(config.num_heads, -1)
-        key = self.take(f"{attention}k_norm.weight", config.head_dim).expand(config.num_kv_heads, -1)
+        query = self.norm(f"{attention}q_norm.weight", config.head_dim).expand(config.num_heads, -1)
+        key = self.norm(f"{attention}k_norm.weight", config.head_dim).expand(config.num_kv_heads, -1)
         return torch.cat([query, key])

@@ -34,8 +34,14 @@ def parse_bytes(value: object) -> object:
 NumBytes = Annotated[int, BeforeValidator(parse_bytes)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["float32", "bfloat16"]
+KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
+Quantization = Literal["none", "int8", "int4"]
+LinearName = Literal["qkv", "attention_output", "gate_up", "down", "head"]
 KVTransport = Literal["auto", "shm", "tcp"]
 Role = Literal["prefill", "decode"]
+
+
+_LISTS = frozenset({"roles", "keep_float"})
 
 
 class Settings(BaseModel):
@@ -56,7 +62,7 @@ class Settings(BaseModel):
         source = os.environ if env is None else env
         for name in cls.model_fields:
             if (text := source.get(f"SEGUE_{name.upper()}")) is not None:
-                values[name] = text.split(",") if name == "roles" else text
+                values[name] = [part for part in text.split(",") if part] if name in _LISTS else text
         values |= {name: value for name, value in (flags or {}).items() if value is not None}
         try:
             return cls.model_validate(values)
@@ -85,13 +91,28 @@ def _read_toml(file: Path) -> dict[str, Any]:
 class EngineSettings(Settings):
     """What decides how a worker computes; all workers of a cluster share it."""
 
-    dtype: Dtype = Field("float32", description="Number format of weights, activations and KV cache")
+    dtype: Dtype = Field("float32", description="Number format of weights that are not quantized")
+    quantization: Quantization = Field("none", description="Weights of linear layers: none, int8 (W8A8) or int4 (group-wise)")
+    decode_quantization: Quantization | None = Field(
+        None, description="The same for workers that only decode; as `quantization` if not given"
+    )
+    keep_float: tuple[LinearName, ...] = Field((), description="Linear layers that are never quantized, such as head,down")
+    kv_dtype: KVDtype = Field("auto", description="Number format of the KV cache; auto is the dtype")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where to compute")
     kv_memory: NumBytes = Field(2**29, ge=1, description="Memory for KV cache of each worker, in bytes")
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one KV block")
     threads: int = Field(0, ge=0, description="Compute threads of each worker; 0 shares out the cores")
     max_prefill_tokens: int = Field(512, ge=1, description="Prompt tokens computed in one step")
     max_batch: int = Field(64, ge=1, description="Sequences that one worker decodes at a time")
     kv_transport: KVTransport = Field("auto", description="How KV travels between workers")
+
+    @property
+    def weights(self) -> str:
+        """Names the formats of all weights in the cluster: only where it is equal is KV computed alike."""
+        formats = {self.quantization, self.decode_quantization or self.quantization}
+        quantized = "/".join((self.quantization, self.decode_quantization or self.quantization)) if formats != {"none"} else ""
+        kept = ",".join(sorted(self.keep_float)) if quantized else ""
+        return " ".join(part for part in (self.dtype, quantized, kept and f"but {kept}") if part)
 
 
 class ClusterSettings(EngineSettings):
@@ -132,3 +153,9 @@ class WorkerSettings(EngineSettings):
     host: str = LOOPBACK
     ticket_lease_ms: int = Field(10_000, ge=100)
     member_lease_ms: int = Field(3_000, ge=100)
+
+    @property
+    def own_quantization(self) -> Quantization:
+        """How this worker holds its weights."""
+        only_decodes = self.roles == ("decode",)
+        return (self.decode_quantization if only_decodes else None) or self.quantization

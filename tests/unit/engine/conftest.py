@@ -16,6 +16,7 @@ from engine.engine import Engine
 from engine.layout import kv_layout
 from engine.sequence import Sequence
 from engine.step import Chunk
+from engine.weights import WeightFormats
 from segue.config import EngineSettings
 from segue.models.config import ModelConfig
 from segue.prefix import block_hashes
@@ -77,11 +78,18 @@ class Checkpoint:
             return self.model(torch.tensor([token_ids])).logits[0, -1]
 
     @contextmanager
-    def engine(self, *, block_size: int = 4, num_blocks: int = 160, dtype: str = "float32") -> Iterator[EngineRunner]:
-        layout = kv_layout(self.config, EngineSettings(block_size=block_size, dtype=dtype), "test")
+    def engine(
+        self, *, num_blocks: int = 160, kernels: str = "auto", threads: int = 1, block_size: int = 4, **options: Any
+    ) -> Iterator[EngineRunner]:
+        """`options` are further fields of EngineSettings."""
+        settings = EngineSettings(block_size=block_size, **options)
+        layout = kv_layout(self.config, settings, "test")
+        formats = WeightFormats(getattr(torch, settings.dtype), settings.quantization, frozenset(settings.keep_float))
         # Stale memory holds anything: no result may depend on it.
         buffer = bytearray(b"\x42") * (num_blocks * layout.block_bytes)
-        with Engine.load(self.directory, self.config, layout, num_blocks, memoryview(buffer), threads=1) as engine:
+        with Engine.load(
+            self.directory, self.config, layout, num_blocks, buffer, formats, threads=threads, kernels=kernels
+        ) as engine:
             yield EngineRunner(engine)
             engine.pool.check()
 

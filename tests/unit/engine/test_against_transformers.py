@@ -36,9 +36,9 @@ def test_logits_are_those_of_transformers(name, checkpoint, prompts):
     with model.engine() as runner:
         engine: Engine = runner.engine
         for prompt in prompts:
-            step = prepare_step([Chunk(runner.start(prompt, 1), len(prompt))], engine.layout, torch.float32)
+            step = prepare_step([Chunk(runner.start(prompt, 1), len(prompt))], engine.layout)
             with torch.inference_mode():
-                logits = engine._decoder.forward(step)[0]
+                logits = engine.decoder.forward(step)[0]
             torch.testing.assert_close(logits, model.logits(prompt), rtol=1e-4, atol=1e-4)
 
 

@@ -65,7 +65,7 @@ class PoolMachine(RuleBasedStateMachine):
             return None
         assert lease is not None
         assert lease.num_cached == len(matched)
-        assert lease.block_ids[: len(matched)] == matched
+        assert list(lease.block_ids[: len(matched)]) == matched
         assert len(lease.block_ids) == num_blocks
         self.lru = [block for block in self.lru if block not in matched]
         held = Held(lease, list(matched))
@@ -81,7 +81,7 @@ class PoolMachine(RuleBasedStateMachine):
         available, num_free = NUM_BLOCKS - len(self.in_use()), self.pool.num_free
         assert self.pool.extend(held.lease, num_more) == (num_more <= available)
         if num_more <= available:
-            assert held.lease.block_ids[:-num_more] == held.blocks
+            assert list(held.lease.block_ids[:-num_more]) == held.blocks
             self.take(held.lease.block_ids[-num_more:], num_free)
             held.blocks = list(held.lease.block_ids)
 
@@ -126,7 +126,7 @@ class PoolMachine(RuleBasedStateMachine):
         num_leased, num_cached = len(self.in_use()), len(self.lru)
         assert self.counts() == (NUM_BLOCKS - num_leased - num_cached, num_leased, num_cached)
         assert self.pool.num_available == NUM_BLOCKS - num_leased
-        assert all(held.lease.block_ids == held.blocks for held in self.held)
+        assert all(list(held.lease.block_ids) == held.blocks for held in self.held)
 
 
 TestPoolMachine = PoolMachine.TestCase
@@ -142,10 +142,10 @@ def leased(pool: BlockPool, *args: object) -> Lease:
 def test_fresh_blocks_come_in_ascending_runs():
     pool = BlockPool(8)
     first, second, third = (leased(pool, 2) for _ in range(3))
-    assert (first.block_ids, second.block_ids, third.block_ids) == ([0, 1], [2, 3], [4, 5])
+    assert [list(lease.block_ids) for lease in (first, second, third)] == [[0, 1], [2, 3], [4, 5]]
     pool.release(second)
     pool.release(first)
-    assert leased(pool, 5).block_ids == [0, 1, 2, 3, 6]
+    assert list(leased(pool, 5).block_ids) == [0, 1, 2, 3, 6]
 
 
 def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
@@ -165,7 +165,7 @@ def test_blocks_just_matched_are_never_evicted_for_the_same_lease():
     pool.publish(lease, 1, HASHES[1])
     pool.release(lease)
     again = leased(pool, 3, HASHES[:2])
-    assert (again.num_cached, again.block_ids) == (2, [0, 1, 2])
+    assert (again.num_cached, list(again.block_ids)) == (2, [0, 1, 2])
     assert pool.lease(1) is None
 
 
@@ -183,7 +183,7 @@ def test_only_leased_blocks_can_be_shared():
     lease = leased(pool, 2)
     shared = pool.share(lease.block_ids)
     pool.release(lease)
-    assert (shared.block_ids, shared.num_cached, pool.num_leased) == ([0, 1], 0, 2)
+    assert (list(shared.block_ids), shared.num_cached, pool.num_leased) == ([0, 1], 0, 2)
     with pytest.raises(InternalError, match="only leased blocks"):
         pool.share([0, 2])
     assert pool.num_leased == 2

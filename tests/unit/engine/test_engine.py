@@ -8,10 +8,12 @@ import weakref
 from mmap import mmap
 
 import pytest
+import torch
 
 from engine.engine import Engine
 from engine.layout import kv_layout
 from engine.step import Chunk
+from engine.weights import WeightFormats
 from segue.config import EngineSettings
 from segue.errors import ConfigError, InternalError
 
@@ -37,14 +39,13 @@ async def test_only_chunks_that_end_their_sequence_give_a_token(runner):
 
 
 async def test_each_layer_is_told_of_once_its_kv_is_in_the_cache(runner):
-    cache = runner.engine._decoder._attention._cache
+    cache = runner.engine.decoder.kernels.cache
     sequence = runner.start(PROMPT, 4)
-    rows = 2 * runner.engine.layout.num_kv_heads
-    before = [layer.clone() for layer in cache.slabs]
+    before = [layer.clone() for layer in cache.layers]
     changed = []
 
     def on_layer(layer):
-        now = [bool((slabs != old).any()) for slabs, old in zip(cache.slabs, before, strict=True)]
+        now = [bool((slabs != old).any()) for slabs, old in zip(cache.layers, before, strict=True)]
         changed.append((layer, now, threading.current_thread().name))
 
     await runner.engine.run([Chunk(sequence, 6)], on_layer)
@@ -55,9 +56,10 @@ async def test_each_layer_is_told_of_once_its_kv_is_in_the_cache(runner):
     ]
     assert {name for _, _, name in changed} == {"engine_0"}
     # Nothing outside the sequence's two blocks was written, and of the second only the two slots used.
-    for slabs, old in zip(cache.slabs, before, strict=True):
-        assert (slabs[2 * rows :] == old[2 * rows :]).all()
-        assert (slabs[rows : 2 * rows].view(rows, 4, -1)[:, 2:] == old[rows : 2 * rows].view(rows, 4, -1)[:, 2:]).all()
+    for index, old in enumerate(before):
+        assert (cache.layers[index][2:] == old[2:]).all()
+        for numbers in (cache.keys(index)[1, ..., 2:], cache.values(index)[1, :, 2:]):
+            assert (numbers.contiguous().view(torch.uint8) == 0x42).all()
 
 
 async def test_a_failed_pass_advances_nothing_and_the_next_one_works(runner):
@@ -138,7 +140,7 @@ async def test_a_closed_engine_lets_go_of_its_memory(checkpoint):
     model = checkpoint("llama")
     layout = kv_layout(model.config, EngineSettings(block_size=4), "test")
     memory = Memory(-1, 4 * layout.block_bytes)
-    engine = Engine.load(model.directory, model.config, layout, 4, memory, threads=1)
+    engine = Engine.load(model.directory, model.config, layout, 4, memory, WeightFormats(), threads=1)
     memory_is_held = weakref.ref(memory)
     del memory
     assert memory_is_held()
@@ -154,8 +156,8 @@ def test_memory_and_options_that_do_not_fit_are_refused(checkpoint):
     layout = kv_layout(model.config, EngineSettings(block_size=4), "test")
     buffer = bytearray(4 * layout.block_bytes)
     with pytest.raises(InternalError, match="5 KV blocks need"):
-        Engine.load(model.directory, model.config, layout, 5, buffer, threads=1)
+        Engine.load(model.directory, model.config, layout, 5, buffer, WeightFormats(), threads=1)
     with pytest.raises(ConfigError, match="device"):
-        Engine.load(model.directory, model.config, layout, 4, buffer, threads=1, device="cuda")
+        Engine.load(model.directory, model.config, layout, 4, buffer, WeightFormats(), threads=1, device="cuda")
     with pytest.raises(ConfigError, match="threads"):
-        Engine.load(model.directory, model.config, layout, 4, buffer, threads=0)
+        Engine.load(model.directory, model.config, layout, 4, buffer, WeightFormats(), threads=0)

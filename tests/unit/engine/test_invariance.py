@@ -86,18 +86,16 @@ async def test_kv_of_another_worker_serves_as_ones_own(checkpoint, prompts):
         source, target = prefill.start(prompt, NUM_TOKENS), decode.start(prompt, NUM_TOKENS)
         (first,) = await prefill.step([Chunk(source, len(prompt))])
         assert first is not None
-        rows_per_block = 2 * model.config.num_kv_heads
-        for slabs, target_slabs in zip(_slabs(prefill), _slabs(decode), strict=True):
-            for block, target_block in zip(source.lease.block_ids, target.lease.block_ids, strict=True):
-                start, target_start = block * rows_per_block, target_block * rows_per_block
-                target_slabs[target_start : target_start + rows_per_block] = slabs[start : start + rows_per_block]
+        for layer, target_layer in zip(_layers(prefill), _layers(decode), strict=True):
+            target_layer[list(target.lease.block_ids)] = layer[list(source.lease.block_ids)]
         target.append(first)
         target.num_computed = len(prompt)
         assert await decode.finish([target]) == [expected]
 
 
-def _slabs(runner):
-    return runner.engine._decoder._attention._cache.slabs
+def _layers(runner):
+    """The KV memory of each layer: [num_blocks, ...]"""
+    return runner.engine.decoder.kernels.cache.layers
 
 
 @pytest.mark.parametrize("name", ["llama_biases", "qwen3"])
@@ -106,9 +104,9 @@ def test_bfloat16_is_close_to_transformers(name, checkpoint, prompts):
     with model.engine(dtype="bfloat16") as runner:
         layout = runner.engine.layout
         for prompt in prompts:
-            step = prepare_step([Chunk(runner.start(prompt, 1), len(prompt))], layout, torch.bfloat16)
+            step = prepare_step([Chunk(runner.start(prompt, 1), len(prompt))], layout)
             with torch.inference_mode():
-                logits = runner.engine._decoder.forward(step)[0]
+                logits = runner.engine.decoder.forward(step)[0]
             exact = model.logits(prompt)
             assert logits.dtype == torch.float32
             assert (logits - exact).abs().max() < 0.06 * exact.abs().max()

@@ -1,6 +1,7 @@
 """Sampling limits, layouts, prefix hashes, errors on the wire, the life-cycle table, wire round trips."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -114,10 +115,13 @@ def test_layout_sizes_and_fingerprint() -> None:
     assert layout.region_bytes == 2 * 3 * 16 * 64 * 4
     assert layout.block_bytes == 30 * layout.region_bytes
     assert [layout.num_blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+    assert replace(layout, dtype="bfloat16").region_bytes == layout.region_bytes / 2
+    assert replace(layout, dtype="int8").region_bytes == 2 * 3 * 16 * (64 + 4)
+    assert replace(layout, weights="float32 int8/int4").fingerprint() != layout.fingerprint()
     other = KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="float32", model_revision="s")
     assert layout.fingerprint() != other.fingerprint()
     # Processes of different versions and hosts compare it: it must never drift.
-    assert layout.fingerprint() == "7787e56079854c497c708eace6803b3a"
+    assert layout.fingerprint() == "544dcb414631d5eabd46d74f7e2b90de"
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=40), st.integers(1, 7), st.data())

@@ -1,0 +1,287 @@
+// Rotary embedding, the writing of K and V, and attention over the paged cache, which is never gathered.
+//
+// A query row meets its context block by block, from the first to the last, with an online softmax (Milakov and Gimelshein 2018). Which
+// other rows share its tile makes no difference: positions that it may not see have weight 0 and change no sum.
+
+inline uint8_t* slab_of(const Cache& cache, int64_t layer, int32_t block, bool is_value, int64_t head) {
+  const int64_t slab = (static_cast<int64_t>(block) * 2 + is_value) * cache.num_kv_heads + head;
+  return cache.memory + layer * cache.layer_bytes + slab * cache.slab_bytes;
+}
+
+inline uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 64);  // stays a NaN
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// One token's K (stride block_size) or V (stride 1) into its slab.
+inline void write_token(const Cache& cache, uint8_t* slab, const float* head, int64_t first, int64_t stride, int64_t offset) {
+  const int64_t n = cache.head_dim;
+  if (cache.format == kFloat32) {
+    auto* to = reinterpret_cast<float*>(slab) + first;
+    for (int64_t d = 0; d < n; ++d) to[d * stride] = head[d];
+  } else if (cache.format == kBfloat16) {
+    auto* to = reinterpret_cast<uint16_t*>(slab) + first;
+    for (int64_t d = 0; d < n; ++d) to[d * stride] = to_bfloat16(head[d]);
+  } else {
+    float most = 0;
+    for (int64_t d = 0; d < n; ++d) most = std::max(most, __builtin_fabsf(head[d]));
+    auto* to = reinterpret_cast<int8_t*>(slab) + first;
+    const float factor = quantizing(most);
+    for (int64_t d = 0; d < n; ++d) to[d * stride] = static_cast<int8_t>(__builtin_rintf(head[d] * factor));
+    const float scale = most / 127.0f;
+    std::memcpy(slab + n * cache.block_size + offset * sizeof(float), &scale, sizeof scale);
+  }
+}
+
+inline void normalize_head(const Cache& cache, float* head, const float* weight) {
+  Floats squares = broadcast(0.0f);
+  for (int64_t d = 0; d < cache.head_dim; d += kLanes) {
+    const Floats x = load_some(head + d, cache.head_dim - d);
+    squares = fma(x, x, squares);
+  }
+  const float factor = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(cache.head_dim) + cache.norm_eps);
+  for (int64_t d = 0; d < cache.head_dim; ++d) head[d] = head[d] * factor * weight[d];
+}
+
+// Pairs (d, d + head_dim / 2) are turned by the position's angles.
+inline void rotate_head(const Cache& cache, float* head, int64_t position) {
+  const int64_t half = cache.head_dim / 2;
+  const float* cosines = cache.rotary + position * cache.head_dim;
+  const float* sines = cosines + half;
+  for (int64_t d = 0; d < half; ++d) {
+    const float x = head[d], y = head[d + half];
+    head[d] = x * cosines[d] - y * sines[d];
+    head[d + half] = y * cosines[d] + x * sines[d];
+  }
+}
+
+inline void rotate_and_write(Pool& pool, const Cache& cache, int64_t layer, float* heads, const float* qk_norm, const Piece* pieces, int64_t num_pieces) {
+  const int64_t num_rotated = cache.num_heads + cache.num_kv_heads, row_width = (num_rotated + cache.num_kv_heads) * cache.head_dim;
+  pool.run(num_pieces, [&](int64_t index, Scratch&) {
+    const Piece& piece = pieces[index];
+    for (int64_t position = piece.start; position < piece.end; ++position) {
+      float* row = heads + (piece.first_row + position - piece.start) * row_width;
+      for (int64_t head = 0; head < num_rotated; ++head) {
+        float* values = row + head * cache.head_dim;
+        if (qk_norm != nullptr) normalize_head(cache, values, qk_norm + head * cache.head_dim);
+        rotate_head(cache, values, position);
+      }
+      const int64_t offset = position % cache.block_size;
+      const int32_t block = piece.blocks[position / cache.block_size];
+      for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
+        const float* key = row + (cache.num_heads + head) * cache.head_dim;
+        const float* value = row + (num_rotated + head) * cache.head_dim;
+        write_token(cache, slab_of(cache, layer, block, false, head), key, offset, cache.block_size, offset);
+        write_token(cache, slab_of(cache, layer, block, true, head), value, offset * cache.head_dim, 1, offset);
+      }
+    }
+  });
+}
+
+// One block of one head as floats: keys [head_dim][key_stride], values [positions][value_stride].
+struct Block {
+  const float* keys;
+  const float* values;
+};
+
+// Numbers of one row of a slab: [count] → floats, filled up to a multiple of kLanes with whatever follows.
+inline Floats load_numbers(const Cache& cache, const uint8_t* slab, int64_t first) {
+  switch (cache.format) {
+    case kFloat32: return load(reinterpret_cast<const float*>(slab) + first);
+    case kBfloat16: return load_bfloat16(reinterpret_cast<const uint16_t*>(slab) + first);
+    default: return load_int8(reinterpret_cast<const int8_t*>(slab) + first);
+  }
+}
+
+// What a tile works in. Strides are multiples of kLanes.
+struct Tile {
+  int64_t key_stride;
+  int64_t value_stride;
+  float* queries;  // [rows][value_stride], scaled
+  float* outputs;  // [rows][value_stride], not yet divided by the weights' sum
+  float* weights;  // [kMaxRows][key_stride]
+  float* sums;     // [rows][kLanes]: of the weights so far, lane by lane
+  float* highest;  // [rows]: largest score so far
+  float* keys;     // [head_dim][key_stride]
+  float* values;   // [block_size][value_stride]
+};
+
+inline Tile take_tile(const Cache& cache, int64_t num_rows, Scratch& scratch) {
+  Tile tile;
+  tile.key_stride = round_up(cache.block_size, kLanes);
+  tile.value_stride = round_up(cache.head_dim, kLanes);
+  const int64_t parts[] = {num_rows * tile.value_stride, num_rows * tile.value_stride, kMaxRows * tile.key_stride, num_rows * kLanes,
+                           round_up(num_rows, kLanes), cache.head_dim * tile.key_stride, cache.block_size * tile.value_stride};
+  int64_t total = 0;
+  for (int64_t part : parts) total += part;
+  auto* next = static_cast<float*>(scratch.take(total * sizeof(float)));
+  float** const fields[] = {&tile.queries, &tile.outputs, &tile.weights, &tile.sums, &tile.highest, &tile.keys, &tile.values};
+  for (int i = 0; i < 7; ++i) {
+    *fields[i] = next;
+    next += parts[i];
+  }
+  return tile;
+}
+
+// A table of `num_rows` x `width` numbers of a slab as floats with rows of `stride`. Rows whose end does not fill a vector are copied
+// number by number first, so that nothing beyond the slab is read.
+template <class Scale>
+inline void expand(const Cache& cache, const uint8_t* slab, int64_t num_rows, int64_t width, float* to, int64_t stride, Scale scale) {
+  const int64_t item = cache.format == kFloat32 ? 4 : cache.format == kBfloat16 ? 2 : 1;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    for (int64_t column = 0; column < width; column += kLanes) {
+      Floats x;
+      if (width - column >= kLanes) {
+        x = load_numbers(cache, slab, row * width + column);
+      } else {
+        uint8_t some[kLanes * sizeof(float)] = {};
+        std::memcpy(some, slab + (row * width + column) * item, (width - column) * item);
+        x = load_numbers(cache, some, 0);
+      }
+      store(to + row * stride + column, scale(x, row, column));
+    }
+  }
+}
+
+inline Block load_block(const Cache& cache, int64_t layer, int32_t block, int64_t head, int64_t positions, const Tile& tile) {
+  const uint8_t* keys = slab_of(cache, layer, block, false, head);
+  const uint8_t* values = slab_of(cache, layer, block, true, head);
+  const bool is_plain = cache.format == kFloat32 && tile.key_stride == cache.block_size && tile.value_stride == cache.head_dim;
+  if (is_plain) return {reinterpret_cast<const float*>(keys), reinterpret_cast<const float*>(values)};
+  if (cache.format == kInt8) {
+    const int64_t num_values = static_cast<int64_t>(cache.head_dim) * cache.block_size;
+    const auto* key_scales = reinterpret_cast<const float*>(keys + num_values);
+    const auto* value_scales = reinterpret_cast<const float*>(values + num_values);
+    expand(cache, keys, cache.head_dim, cache.block_size, tile.keys, tile.key_stride,
+           [&](Floats x, int64_t, int64_t column) { return x * load_some(key_scales + column, cache.block_size - column); });
+    expand(cache, values, positions, cache.head_dim, tile.values, tile.value_stride,
+           [&](Floats x, int64_t row, int64_t) { return x * broadcast(value_scales + row); });
+  } else {
+    const auto as_is = [](Floats x, int64_t, int64_t) { return x; };
+    expand(cache, keys, cache.head_dim, cache.block_size, tile.keys, tile.key_stride, as_is);
+    expand(cache, values, positions, cache.head_dim, tile.values, tile.value_stride, as_is);
+  }
+  return {tile.keys, tile.values};
+}
+
+// Scores become weights: exp(score - highest so far). `visible` positions count, the others get 0. Returns the highest so far.
+inline float weigh(float* scores, int64_t visible, int64_t positions, float highest) {
+  Floats most = broadcast(highest);
+  for (int64_t p = 0; p < visible; p += kLanes) most = max(most, first(static_cast<int>(visible - p), load(scores + p), most));
+  highest = largest(most);
+  for (int64_t p = 0; p < positions; p += kLanes) {
+    const Floats weights = exponential(load(scores + p) - broadcast(highest));
+    store(scores + p, first(static_cast<int>(visible - p), weights, broadcast(0.0f)));
+  }
+  return highest;
+}
+
+// R rows meet the first `positions` positions of a block; row r sees visible[r] of them.
+template <int R>
+inline void attend_block(const Cache& cache, const Tile& tile, int64_t row, const Block& block, const int64_t* visible, int64_t positions) {
+  const int64_t num_columns = round_up(positions, kLanes);
+  for (int64_t column = 0; column < num_columns; column += kLanes) {
+    Floats scores[R];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) scores[r] = broadcast(0.0f);
+    add_tile<R>(scores, tile.queries + row * tile.value_stride, tile.value_stride, block.keys + column, tile.key_stride, cache.head_dim,
+                [](const float* p) { return load(p); });
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) store(tile.weights + r * tile.key_stride + column, scores[r]);
+  }
+  float changes[kLanes] = {};
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    if (visible[r] <= 0) {
+      std::memset(tile.weights + r * tile.key_stride, 0, num_columns * sizeof(float));
+      continue;
+    }
+    const float before = tile.highest[row + r];
+    tile.highest[row + r] = weigh(tile.weights + r * tile.key_stride, visible[r], num_columns, before);
+    changes[r] = before - tile.highest[row + r];  // -infinity before the first block, whose sums and outputs are 0
+  }
+  float factors[kLanes];
+  store(factors, exponential(load(changes)));
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    Floats sums = load(tile.sums + (row + r) * kLanes) * broadcast(factors[r]);
+    for (int64_t column = 0; column < num_columns; column += kLanes) sums = sums + load(tile.weights + r * tile.key_stride + column);
+    store(tile.sums + (row + r) * kLanes, sums);
+  }
+  for (int64_t column = 0; column < tile.value_stride; column += kLanes) {
+    float* outputs = tile.outputs + row * tile.value_stride + column;
+    Floats sums[R];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) sums[r] = load(outputs + r * tile.value_stride) * broadcast(factors[r]);
+    add_tile<R>(sums, tile.weights, tile.key_stride, block.values + column, tile.value_stride, positions,
+                [](const float* p) { return load(p); });
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) store(outputs + r * tile.value_stride, sums[r]);
+  }
+}
+
+// Consecutive tokens of a piece with the query heads that share one K head.
+struct Task {
+  const Piece* piece;
+  int64_t first_position;
+  int64_t num_tokens;
+  int64_t kv_head;
+};
+
+inline void attend_task(const Cache& cache, int64_t layer, const Task& task, const float* heads, float* outputs, Scratch& scratch) {
+  const int64_t group = cache.num_heads / cache.num_kv_heads, num_rows = task.num_tokens * group;
+  const int64_t row_width = (cache.num_heads + 2 * cache.num_kv_heads) * cache.head_dim, output_width = cache.num_heads * cache.head_dim;
+  const int64_t first_token = task.piece->first_row + task.first_position - task.piece->start;
+  const Tile tile = take_tile(cache, num_rows, scratch);
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(cache.head_dim));
+  std::memset(tile.queries, 0, num_rows * tile.value_stride * sizeof(float));
+  std::memset(tile.outputs, 0, num_rows * tile.value_stride * sizeof(float));
+  std::memset(tile.sums, 0, num_rows * kLanes * sizeof(float));
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const float* query = heads + (first_token + row / group) * row_width + (task.kv_head * group + row % group) * cache.head_dim;
+    for (int64_t d = 0; d < cache.head_dim; ++d) tile.queries[row * tile.value_stride + d] = query[d] * scale;
+    tile.highest[row] = -__builtin_inff();
+  }
+  const int64_t end = task.first_position + task.num_tokens;
+  for (int64_t start = 0; start < end; start += cache.block_size) {
+    const int64_t filled = std::min<int64_t>(cache.block_size, end - start);
+    const Block block = load_block(cache, layer, task.piece->blocks[start / cache.block_size], task.kv_head, filled, tile);
+    for (int64_t row = 0; row < num_rows; row += kMaxRows) {
+      const int64_t count = std::min<int64_t>(kMaxRows, num_rows - row);
+      int64_t visible[kMaxRows], most = 0;
+      for (int64_t r = 0; r < count; ++r) {
+        visible[r] = std::min(filled, task.first_position + (row + r) / group + 1 - start);
+        most = std::max(most, visible[r]);
+      }
+      if (most <= 0) continue;
+      with_rows(static_cast<int>(count), [&](auto r) { attend_block<decltype(r)::value>(cache, tile, row, block, visible, most); });
+    }
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    float* to = outputs + (first_token + row / group) * output_width + (task.kv_head * group + row % group) * cache.head_dim;
+    const Floats total = broadcast(sum(load(tile.sums + row * kLanes)));
+    for (int64_t d = 0; d < cache.head_dim; d += kLanes) {
+      store_some(to + d, load(tile.outputs + row * tile.value_stride + d) / total, cache.head_dim - d);
+    }
+  }
+}
+
+// Query rows of one task: they share each block that was made floats, and fit the first-level cache with it.
+constexpr int64_t kTaskRows = 48;
+
+inline void attend(Pool& pool, const Cache& cache, int64_t layer, const float* heads, float* outputs, const Piece* pieces, int64_t num_pieces) {
+  const int64_t tokens = std::max<int64_t>(1, kTaskRows / (cache.num_heads / cache.num_kv_heads));
+  std::vector<Task> tasks;
+  for (const Piece* piece = pieces; piece != pieces + num_pieces; ++piece) {
+    // Tasks start at multiples of `tokens`, the last ones, which see most, first.
+    for (int64_t start = (piece->end - 1) / tokens * tokens; start + tokens > piece->start; start -= tokens) {
+      const int64_t from = std::max(start, piece->start), to = std::min(start + tokens, piece->end);
+      for (int64_t head = 0; head < cache.num_kv_heads; ++head) tasks.push_back({piece, from, to - from, head});
+    }
+  }
+  pool.run(static_cast<int64_t>(tasks.size()), [&](int64_t index, Scratch& scratch) {
+    attend_task(cache, layer, tasks[index], heads, outputs, scratch);
+  });
+}

@@ -1,0 +1,17 @@
+// Processors with AVX-512 and VNNI.
+#include "operations.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#define SEGUE_VNNI 1
+
+namespace segue::avx512vnni {
+namespace {
+#include "vector_avx512.h"
+#include "math.h"
+#include "linear.h"
+#include "attention.h"
+}  // namespace
+const Operations operations = {"avx512vnni", linear, rotate_and_write, attend};
+}  // namespace segue::avx512vnni
+#endif

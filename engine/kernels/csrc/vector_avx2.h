@@ -1,0 +1,121 @@
+// Sixteen lanes in two 256-bit registers: AVX2, FMA and F16C.
+#include <immintrin.h>
+
+constexpr int kMaxRows = 6;
+
+struct Floats { __m256 a, b; };
+struct Ints { __m256i a, b; };
+
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+inline Floats broadcast(float x) { __m256 v = _mm256_set1_ps(x); return {v, v}; }
+inline Floats broadcast(const float* p) { __m256 v = _mm256_broadcast_ss(p); return {v, v}; }
+inline Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Floats operator-(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Floats operator/(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+// x * y + z, rounded once
+inline Floats fma(Floats x, Floats y, Floats z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline Floats absolute(Floats x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+// Lanes below `count` from x, the others from y.
+inline Floats first(int count, Floats x, Floats y) {
+  const __m256 n = _mm256_set1_ps(static_cast<float>(count));
+  const __m256 low = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), high = _mm256_add_ps(low, _mm256_set1_ps(8));
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(low, n, _CMP_LT_OQ)), _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(high, n, _CMP_LT_OQ))};
+}
+// Lane i joins lane i + 8, then i + 4, i + 2, i + 1.
+inline float sum(Floats x) {
+  const __m256 eight = _mm256_add_ps(x.a, x.b);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float largest(Floats x) {
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+// To the nearest, ties to even.
+inline Ints round(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+// 2 to the power of x, -126 ... 127
+inline Floats power_of_two(Ints x) {
+  const __m256i bias = _mm256_set1_epi32(127);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(x.a, bias), 23)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(x.b, bias), 23))};
+}
+
+inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Floats load_bfloat16(const uint16_t* p) {
+  const __m256i x = load_bytes(p);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)), 16))};
+}
+inline Floats load_float16(const uint16_t* p) {
+  const __m256i x = load_bytes(p);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+}
+inline Floats load_int8(const int8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};
+}
+// Lanes -128 ... 127 as 16 bytes
+inline void store_int8(int8_t* p, Ints x) {
+  const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+
+// int8 products without VNNI: weights and activations are widened to 16 bits and multiplied in pairs. Of four inputs 0 1 2 3 the even
+// ones (0, 2) make one pair and the odd ones the other, since that is how bytes are widened with two shifts.
+using Activation = int16_t;
+struct Pairs { __m256i a, b; };
+inline void store_activations(Activation* p, Ints x) {
+  const __m256i swap = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(words, swap));
+}
+inline Pairs load_pairs(const int16_t* p) { return {load_bytes(p), load_bytes(p + 16)}; }
+inline void store_pairs(int16_t* p, Pairs x) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p + 16), x.b);
+}
+// Of 16 outputs x 4 inputs
+inline Pairs even_pairs(const int8_t* p) {
+  return {_mm256_srai_epi16(_mm256_slli_epi16(load_bytes(p), 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(load_bytes(p + 32), 8), 8)};
+}
+inline Pairs odd_pairs(const int8_t* p) { return {_mm256_srai_epi16(load_bytes(p), 8), _mm256_srai_epi16(load_bytes(p + 32), 8)}; }
+inline Ints add_products(Ints sum, Pairs w, const Activation* pair) {
+  int32_t both;
+  std::memcpy(&both, pair, 4);
+  const __m256i x = _mm256_set1_epi32(both);
+  return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(w.a, x)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(w.b, x))};
+}
+
+// int4 products: within a group, eight times two products of at most 15 * 127 fit 16 bits.
+using Nibbles = Pairs;  // 16 outputs x 4 inputs, unsigned bytes
+inline Nibbles low_nibbles(const uint8_t* p) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(load_bytes(p), mask), _mm256_and_si256(load_bytes(p + 32), mask)};
+}
+inline Nibbles high_nibbles(const uint8_t* p) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(_mm256_srli_epi16(load_bytes(p), 4), mask), _mm256_and_si256(_mm256_srli_epi16(load_bytes(p + 32), 4), mask)};
+}
+using GroupSums = Ints;
+inline GroupSums add_products(GroupSums sum, Nibbles w, const int8_t* four) {
+  int32_t all;
+  std::memcpy(&all, four, 4);
+  const __m256i x = _mm256_set1_epi32(all);
+  return {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x))};
+}
+inline Floats to_floats_of_group(GroupSums x) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return {_mm256_cvtepi32_ps(_mm256_madd_epi16(x.a, one)), _mm256_cvtepi32_ps(_mm256_madd_epi16(x.b, one))};
+}

@@ -1,0 +1,239 @@
+"""The C++ backend for CPUs (csrc/): a shared library without torch in it, called through ctypes.
+
+Weights are packed into panels of 16 outputs, KV is read where it lies, and results go into buffers that steps reuse. ctypes
+lets go of the interpreter's lock during each call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import weakref
+from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from engine.kv_cache import KVCache
+from engine.linear import INT4_GROUP, FloatWeight, Int4Weight, Int8Weight, Linear, Weight
+from engine.rotary import RotaryTable
+from engine.step import StepInputs
+from segue.models.config import ModelConfig
+
+LIBRARY_MODULE = "engine.kernels._native"
+# Outputs in a panel; kLanes in csrc/abi.h.
+PANEL = 16
+_FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+
+
+class _Linear(ctypes.Structure):
+    """struct Linear of csrc/abi.h"""
+
+    _fields_ = (
+        ("panels", c_void_p),
+        ("scales", c_void_p),
+        ("sums", c_void_p),
+        ("bias", c_void_p),
+        ("input_scales", c_void_p),
+        ("format", c_int32),
+        ("num_inputs", c_int32),
+        ("num_outputs", c_int32),
+        ("is_gated", c_int32),
+        ("has_norm", c_int32),
+        ("norm_eps", c_float),
+    )
+
+
+class _Cache(ctypes.Structure):
+    """struct Cache of csrc/abi.h"""
+
+    _fields_ = (
+        ("memory", c_void_p),
+        ("rotary", c_void_p),
+        ("layer_bytes", c_int64),
+        ("slab_bytes", c_int64),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("block_size", c_int32),
+        ("format", c_int32),
+        ("norm_eps", c_float),
+    )
+
+
+class _Piece(ctypes.Structure):
+    """struct Piece of csrc/abi.h"""
+
+    _fields_ = (("blocks", c_void_p), ("first_row", c_int64), ("start", c_int64), ("end", c_int64))
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLinear:
+    struct: _Linear
+    num_outputs: int
+    # What the struct points to.
+    tensors: tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStep:
+    # ctypes array of _Piece
+    pieces: Any
+    num_pieces: int
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """None where the extension was not built."""
+    spec = importlib.util.find_spec(LIBRARY_MODULE)
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    library.segue_instruction_set.argtypes = (c_int64,)
+    library.segue_instruction_set.restype = c_char_p
+    library.segue_open.argtypes = (c_int64, c_int64)
+    library.segue_open.restype = c_void_p
+    library.segue_close.argtypes = (c_void_p,)
+    library.segue_linear.argtypes = (c_void_p, POINTER(_Linear), c_void_p, c_int64, c_void_p, c_int64)
+    heads = (c_void_p, POINTER(_Cache), c_int64, c_void_p, c_void_p, c_void_p, c_int64)
+    library.segue_rotate_and_write.argtypes = heads
+    library.segue_attend.argtypes = heads
+    for function in (library.segue_close, library.segue_linear, library.segue_rotate_and_write, library.segue_attend):
+        function.restype = None
+    return library
+
+
+def instruction_sets() -> list[str]:
+    """Those that the library has and this processor can run, the best first; empty where the library was not built."""
+    library = load_library()
+    names: list[str] = []
+    while library is not None and (name := library.segue_instruction_set(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+class NativeKernels:
+    """Raises ValueError for an instruction set that is not among `instruction_sets()`; the best one is the default."""
+
+    def __init__(
+        self, config: ModelConfig, cache: KVCache, rotary: RotaryTable, *, threads: int, instruction_set: str | None = None
+    ) -> None:
+        library = load_library()
+        if library is None:
+            raise ValueError("the native library was not built")
+        names = instruction_sets()
+        name = instruction_set or names[0]
+        self.name = f"native ({name})"
+        self.device = torch.device("cpu")
+        self._library = library
+        self._context = library.segue_open(names.index(name), threads)
+        # Ends the threads when the last reference goes.
+        self._close = weakref.finalize(self, library.segue_close, self._context)
+        self._config = config
+        self.cache = cache
+        self._rotary = rotary
+        self._cache = _describe_cache(config, cache, rotary)
+        self._attended_width = config.num_heads * config.head_dim
+        # Results by (what, width): [rows, width] float32, of as many rows as were ever needed.
+        self._buffers: dict[tuple[object, int], torch.Tensor] = {}
+
+    def pack(self, linear: Linear, *, norm: torch.Tensor | None = None, gated: bool = False) -> NativeLinear:
+        scales, sums = None, None
+        if isinstance(linear.weight, Int8Weight):
+            scales, sums = linear.weight.scales, linear.weight.values.sum(1, dtype=torch.int32)
+        input_scales = norm if linear.input_scales is None else linear.input_scales * (1 if norm is None else norm)
+        tensors = (_pack_weight(linear.weight), scales, sums, linear.bias, input_scales)
+        struct = _Linear(
+            *(None if tensor is None else tensor.contiguous().data_ptr() for tensor in tensors),
+            format=_format_of(linear.weight),
+            num_inputs=linear.num_inputs,
+            num_outputs=linear.num_outputs,
+            is_gated=gated,
+            has_norm=norm is not None,
+            norm_eps=self._config.rms_norm_eps,
+        )
+        return NativeLinear(struct, linear.num_outputs, tensors)
+
+    def prepare(self, step: StepInputs) -> NativeStep:
+        pieces = [
+            _Piece(piece.lease.block_ids.buffer_info()[0], piece.first_row, piece.start, piece.end) for piece in step.pieces
+        ]
+        return NativeStep((_Piece * len(pieces))(*pieces), len(pieces))
+
+    def linear(self, layer: NativeLinear, inputs: torch.Tensor, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        rows = len(inputs)
+        outputs = self._buffer(layer.num_outputs, rows, layer.num_outputs) if add_to is None else add_to
+        self._library.segue_linear(
+            self._context, byref(layer.struct), inputs.data_ptr(), rows, outputs.data_ptr(), add_to is not None
+        )
+        return outputs
+
+    def rotate_and_write(self, layer: int, heads: torch.Tensor, qk_norm: torch.Tensor | None, step: NativeStep) -> None:
+        norm = None if qk_norm is None else qk_norm.data_ptr()
+        self._library.segue_rotate_and_write(
+            self._context, byref(self._cache), layer, heads.data_ptr(), norm, step.pieces, step.num_pieces
+        )
+
+    def attend(self, layer: int, heads: torch.Tensor, step: NativeStep) -> torch.Tensor:
+        outputs = self._buffer("attended", len(heads), self._attended_width)
+        self._library.segue_attend(
+            self._context, byref(self._cache), layer, heads.data_ptr(), outputs.data_ptr(), step.pieces, step.num_pieces
+        )
+        return outputs
+
+    def _buffer(self, what: object, rows: int, width: int) -> torch.Tensor:
+        buffer = self._buffers.get((what, width))
+        if buffer is None or len(buffer) < rows:
+            buffer = self._buffers[what, width] = torch.empty(rows, width)
+        return buffer[:rows]
+
+
+def _describe_cache(config: ModelConfig, cache: KVCache, rotary: RotaryTable) -> _Cache:
+    layout = cache.layout
+    return _Cache(
+        memory=cache.layers[0].data_ptr(),
+        rotary=rotary.table.data_ptr(),
+        layer_bytes=cache.num_blocks * layout.region_bytes,
+        slab_bytes=layout.slab_bytes,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=layout.block_size,
+        format=_FORMATS[layout.dtype],
+        norm_eps=config.rms_norm_eps,
+    )
+
+
+def _format_of(weight: Weight) -> int:
+    match weight:
+        case FloatWeight(values):
+            return _FORMATS["float32" if values.dtype == torch.float32 else "bfloat16"]
+        case Int8Weight():
+            return _FORMATS["int8"]
+        case Int4Weight():
+            return _FORMATS["int4"]
+
+
+def _pack_weight(weight: Weight) -> torch.Tensor:
+    """The panels that struct Linear describes, for any format."""
+    match weight:
+        case FloatWeight(values):
+            return _panels(values).transpose(1, 2).contiguous()
+        case Int8Weight(values, _):
+            missing = -values.shape[1] % 4
+            panels = _panels(torch.nn.functional.pad(values, (0, missing)))
+            return panels.view(len(panels), PANEL, -1, 4).transpose(1, 2).contiguous()
+        case Int4Weight(values, scales, minimums):
+            # [panel, output, group, octet, half, 4] → [panel, group, octet, output, 4]
+            halves = _panels(values).view(-1, PANEL, scales.shape[1], INT4_GROUP // 8, 2, 4).permute(0, 2, 3, 4, 1, 5)
+            nibbles = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).flatten(2)
+            numbers = [_panels(part).transpose(1, 2).contiguous().view(torch.uint8) for part in (scales, minimums)]
+            return torch.cat([*numbers, nibbles], -1).contiguous()
+
+
+def _panels(values: torch.Tensor) -> torch.Tensor:
+    """[outputs, ...] → [panels, PANEL, ...], filled up with zeros."""
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % PANEL))
+    return padded.view(-1, PANEL, values.shape[1])
