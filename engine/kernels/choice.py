@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.kernels.base import Kernels
-from engine.kernels.native import NativeKernels, instruction_sets
+from engine.kernels.native import NativeKernels, built_library, instruction_sets
 from engine.kernels.reference import TorchKernels
 from engine.kv_cache import KVCache
 from engine.rotary import RotaryTable
@@ -20,9 +20,11 @@ def make_kernels(
     library was not built. Raises ConfigError for what this machine cannot run."""
     if device != "cpu":
         raise ConfigError(f"device: only cpu is supported, not {device}")
-    names = instruction_sets()
-    if kernels == "torch" or (kernels == "auto" and not names):
+    library = built_library()
+    names = [*instruction_sets(library), "torch"]
+    name = names[0] if kernels == "auto" else kernels
+    if name not in names:
+        raise ConfigError(f"kernels: {kernels} is not there; this machine has: {', '.join(names)}")
+    if library is None or name == "torch":
         return TorchKernels(config, cache, rotary)
-    if kernels not in {"auto", *names}:
-        raise ConfigError(f"kernels: {kernels} is not there; this machine has: {', '.join(['torch', *names])}")
-    return NativeKernels(config, cache, rotary, threads=threads, instruction_set=None if kernels == "auto" else kernels)
+    return NativeKernels(library, name, config, cache, rotary, threads=threads)

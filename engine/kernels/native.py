@@ -84,13 +84,9 @@ class NativeStep:
     num_pieces: int
 
 
-@cache
-def load_library() -> ctypes.CDLL | None:
-    """None where the extension was not built."""
-    spec = importlib.util.find_spec(LIBRARY_MODULE)
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
+def open_library(path: str) -> ctypes.CDLL:
+    """The library at `path`, with the types of its functions."""
+    library = ctypes.CDLL(path)
     library.segue_instruction_set.argtypes = (c_int64,)
     library.segue_instruction_set.restype = c_char_p
     library.segue_open.argtypes = (c_int64, c_int64)
@@ -105,9 +101,15 @@ def load_library() -> ctypes.CDLL | None:
     return library
 
 
-def instruction_sets() -> list[str]:
-    """Those that the library has and this processor can run, the best first; empty where the library was not built."""
-    library = load_library()
+@cache
+def built_library() -> ctypes.CDLL | None:
+    """The library that was built with this package; None where that was not possible."""
+    spec = importlib.util.find_spec(LIBRARY_MODULE)
+    return None if spec is None or spec.origin is None else open_library(spec.origin)
+
+
+def instruction_sets(library: ctypes.CDLL | None) -> list[str]:
+    """Those that the library has and this processor can run, the best first; none without a library."""
     names: list[str] = []
     while library is not None and (name := library.segue_instruction_set(len(names))) is not None:
         names.append(name.decode())
@@ -115,20 +117,21 @@ def instruction_sets() -> list[str]:
 
 
 class NativeKernels:
-    """Raises ValueError for an instruction set that is not among `instruction_sets()`; the best one is the default."""
-
     def __init__(
-        self, config: ModelConfig, cache: KVCache, rotary: RotaryTable, *, threads: int, instruction_set: str | None = None
+        self,
+        library: ctypes.CDLL,
+        instruction_set: str,
+        config: ModelConfig,
+        cache: KVCache,
+        rotary: RotaryTable,
+        *,
+        threads: int,
     ) -> None:
-        library = load_library()
-        if library is None:
-            raise ValueError("the native library was not built")
-        names = instruction_sets()
-        name = instruction_set or names[0]
-        self.name = f"native ({name})"
+        """`instruction_set` is one of `instruction_sets(library)`."""
+        self.name = f"native ({instruction_set})"
         self.device = torch.device("cpu")
         self._library = library
-        self._context = library.segue_open(names.index(name), threads)
+        self._context = library.segue_open(instruction_sets(library).index(instruction_set), threads)
         # Ends the threads when the last reference goes.
         self._close = weakref.finalize(self, library.segue_close, self._context)
         self._config = config
