@@ -1,241 +1,215 @@
 """`python -m bench.engine`: what one engine computes per second, against what this machine could do at the very best.
 
 Prompts of 128, 1,024 and 4,000 tokens; decoding with 1 to 64 sequences at contexts of 64, 256 and 1,024 tokens. Each figure
-stands beside its *floor*: the time that the arithmetic or the reading of memory alone would take, whichever is longer, at the
-rates that plain torch operations reach in the same run. Sequences at a context are set up over KV memory filled with noise:
-what it holds does not change how long attention takes.
+stands beside its *floor* (bench/floor.py), measured in the same run, and with --peers beside vLLM's and llama.cpp's on the same
+core, each case measured in turns: ours, theirs, ours, ... `python -m bench.peers setup` installs those.
+
+Several formats at once: metrics of the first have plain names (`prefill_1024_tok_s`), those of others end with the format. A
+ratio to `vllm_best` or `llama_cpp_best` is one to that peer's fastest format in the case.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 
+from bench.engine_runs import BATCH_SIZES, CONTEXT_LENGTHS, PROMPT_LENGTHS, EngineBench, loaded
+from bench.floor import WEIGHT_BYTES, Rates, Work, measure_rates
 from bench.machine import commit, machine_facts
-from bench.prompts import random_prompts
+from bench.peers.catalog import find_peers
+from bench.peers.client import Peer, PeerCannot
 from bench.report import Report, Row, median_row, print_report, write_json
-from engine.engine import Engine
-from engine.layout import kv_layout
-from engine.sequence import Sequence
-from engine.step import Chunk
-from engine.weights import WeightFormats
-from segue.config import DEFAULT_MODEL, Dtype, EngineSettings
-from segue.errors import SegueError
+from bench.worker_start import start_worker
+from segue.config import DEFAULT_MODEL, ClusterSettings, EngineSettings
+from segue.errors import ConfigError, SegueError
 from segue.kv_layout import DTYPE_BYTES
 from segue.models.config import ModelConfig
-from segue.models.store import resolve
-from segue.sampling import GeneratedToken, SamplingParams
+from segue.models.store import ModelHandle, resolve
 
-PROMPT_LENGTHS = (128, 1024, 4000)
-BATCH_SIZES = (1, 4, 16, 64)
-CONTEXT_LENGTHS = (64, 256, 1024)
-DECODE_STEPS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What plain torch operations reach on the engine's threads."""
-
-    # Multiplications and additions per second in a large matrix product.
-    flops: float
-    # Bytes read per second from memory that no cache holds.
-    bytes: float
-
-    def floor_s(self, num_flops: float, num_bytes: float) -> float:
-        """Seconds below which work of this size cannot be done."""
-        return max(num_flops / self.flops, num_bytes / self.bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Arithmetic and memory traffic of one forward pass, counted from the model's shape."""
-
-    config: ModelConfig
-    dtype_bytes: int
-
-    @property
-    def layer_weights(self) -> int:
-        """Elements of the linear layers, without the output head."""
-        config = self.config
-        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
-
-    @property
-    def head_weights(self) -> int:
-        return self.config.hidden_size * self.config.vocab_size
-
-    def prefill(self, num_tokens: int) -> tuple[float, float]:
-        """(operations, bytes read) for one prompt and its first token. Attention is causal: half of all pairs."""
-        attention = 2 * num_tokens * num_tokens * self.config.num_heads * self.config.head_dim * self.config.num_layers
-        flops = 2 * num_tokens * self.layer_weights + 2 * self.head_weights + attention
-        return flops, (self.layer_weights + self.head_weights) * self.dtype_bytes
-
-    def decode(self, batch_size: int, context: int) -> tuple[float, float]:
-        """(operations, bytes read) for one step: every weight and every context's KV is read once."""
-        config = self.config
-        weights = self.layer_weights + self.head_weights
-        attention = 4 * batch_size * context * config.num_heads * config.head_dim * config.num_layers
-        kv = 2 * batch_size * context * config.num_kv_heads * config.head_dim * config.num_layers
-        return 2 * batch_size * weights + attention, (weights + kv) * self.dtype_bytes
-
-
-def measure_rates(dtype: torch.dtype) -> Rates:
-    """The best of a few tries each, on the calling thread's number of torch threads."""
-    left, right = torch.randn(1024, 576).to(dtype), torch.randn(576, 3072).to(dtype)
-    memory = torch.zeros(2**26)  # 256 MiB of float32
-    return Rates(
-        flops=2 * 1024 * 576 * 3072 / _best_s(lambda: torch.mm(left, right)),
-        bytes=memory.nbytes / _best_s(memory.sum),
-    )
-
-
-def _best_s(work: Callable[[], object], tries: int = 8) -> float:
-    def one_s() -> float:
-        begin_s = time.perf_counter()
-        work()
-        return time.perf_counter() - begin_s
-
-    work()
-    return min(one_s() for _ in range(tries))
-
-
-def noise(num_bytes: int) -> memoryview:
-    """Bytes that are numbers between 0 and 1 in either format: no infinities, and no zero pages that memory reads for free."""
-    return np.random.default_rng(0).integers(0, 0x40, num_bytes, np.uint8).data
-
-
-class Bench:
-    """One loaded engine and the runs measured on it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._prompts = {length: iter(self._endless(length)) for length in PROMPT_LENGTHS}
-
-    def _endless(self, length: int) -> Iterator[list[int]]:
-        seed = 0
-        while True:
-            seed += 1
-            yield from random_prompts(8, length, self._engine.config.vocab_size, seed)
-
-    @contextmanager
-    def _leased(self, sequences: list[Sequence], num_tokens: int) -> Iterator[None]:
-        pool, layout = self._engine.pool, self._engine.layout
-        leases = [pool.lease(layout.num_blocks_for(num_tokens)) for _ in sequences]
-        try:
-            for sequence, lease in zip(sequences, leases, strict=True):
-                sequence.lease = lease
-            yield
-        finally:
-            for lease in leases:
-                if lease is not None:
-                    pool.release(lease)
-
-    async def prefill_tok_s(self, length: int, step_tokens: int) -> float:
-        sequence = Sequence("prompt", next(self._prompts[length]), SamplingParams(max_tokens=2, temperature=0.0))
-        with self._leased([sequence], length):
-            begin_s = time.perf_counter()
-            while sequence.num_uncomputed:
-                await self._engine.run([Chunk(sequence, min(step_tokens, sequence.num_uncomputed))])
-            return length / (time.perf_counter() - begin_s)
-
-    async def decode_tok_s(self, batch_size: int, context: int) -> float:
-        params = SamplingParams(max_tokens=DECODE_STEPS + 2, temperature=0.0)
-        sequences = [Sequence(row, [7] * context, params, num_computed=context - 1) for row in range(batch_size)]
-        with self._leased(sequences, context + DECODE_STEPS + 1):
-            await self._step(sequences)  # warms up
-            begin_s = time.perf_counter()
-            for _ in range(DECODE_STEPS):
-                await self._step(sequences)
-            return batch_size * DECODE_STEPS / (time.perf_counter() - begin_s)
-
-    async def _step(self, sequences: list[Sequence]) -> None:
-        tokens = await self._engine.run([Chunk(sequence, 1) for sequence in sequences])
-        for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.append(token or GeneratedToken(0))
+# What `worker_rss_mb` is measured with.
+_RSS_KV_TOKENS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One figure of the table."""
+    """One figure for each format and peer. For prefill `batch_size` is 0 and `length` the prompt's."""
 
     metric: str
-    floor_tok_s: float
-    measure: Callable[[], Awaitable[float]]
+    batch_size: int
+    length: int
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that one measured time stands for."""
+        return self.batch_size or self.length
 
-def make_cases(bench: Bench, work: Work, rates: Rates, step_tokens: int) -> list[Case]:
-    prefill = [
-        Case(
-            f"prefill_{length}_tok_s",
-            length / rates.floor_s(*work.prefill(length)),
-            partial(bench.prefill_tok_s, length, step_tokens),
+    def floor_s(self, work: Work, rates: Rates) -> float:
+        if self.batch_size:
+            return work.decode_floor_s(self.batch_size, self.length, rates)
+        return work.prefill_floor_s(self.length, rates)
+
+    async def engine_s(self, bench: EngineBench) -> float:
+        return await (bench.decode_step_s(self.batch_size, self.length) if self.batch_size else bench.prefill_s(self.length))
+
+    async def peer_s(self, peer: Peer) -> float:
+        ask = (
+            partial(peer.decode_step_s, self.batch_size, self.length)
+            if self.batch_size
+            else partial(peer.prefill_s, self.length)
         )
-        for length in PROMPT_LENGTHS
-    ]
-    decode = [
-        Case(
-            f"decode_b{batch_size}_ctx{context}_tok_s",
-            batch_size / rates.floor_s(*work.decode(batch_size, context)),
-            partial(bench.decode_tok_s, batch_size, context),
-        )
-        for batch_size in BATCH_SIZES
-        for context in CONTEXT_LENGTHS
-    ]
-    return prefill + decode
+        return await asyncio.to_thread(ask)
 
 
-async def run(model: str, *, settings: EngineSettings, repeats: int, console: Console) -> Report:
-    handle = resolve(model)
+def all_cases() -> list[Case]:
+    prefill = [Case(f"prefill_{length}_tok_s", 0, length) for length in PROMPT_LENGTHS]
+    return prefill + [
+        Case(f"decode_b{batch}_ctx{context}_tok_s", batch, context) for batch in BATCH_SIZES for context in CONTEXT_LENGTHS
+    ]
+
+
+@dataclass(slots=True)
+class Contender:
+    """An engine format or a peer, and the tokens per second that it reached in each case."""
+
+    name: str
+    measure: Callable[[Case], Awaitable[float]]
+    runs: dict[str, list[float]] = field(default_factory=dict)
+
+
+def engine_settings(weights: str, threads: int, kv_dtype: str) -> EngineSettings:
+    """`weights`: a key of WEIGHT_BYTES."""
+    if weights not in WEIGHT_BYTES:
+        raise ConfigError(f"formats: {weights!r} is none of {', '.join(WEIGHT_BYTES)}")
+    is_quantized = weights.startswith("int")
+    flags = {
+        "dtype": "float32" if is_quantized else weights,
+        "quantization": weights if is_quantized else "none",
+        "kv_dtype": kv_dtype,
+        "threads": threads,
+    }
+    return EngineSettings.load(flags=flags, env={})
+
+
+async def measure(contenders: list[Contender], cases: list[Case], repeats: int, tell: Callable[[str], None]) -> None:
+    """The whole table again and again, and within a case one contender after the other: a slow minute hits all alike."""
+    for number in range(repeats):
+        for case in cases:
+            for contender in contenders:
+                tell(f"run {number + 1} of {repeats}: {case.metric}, {contender.name}")
+                try:
+                    seconds = await contender.measure(case)
+                except PeerCannot:
+                    continue
+                contender.runs.setdefault(case.metric, []).append(case.num_tokens / seconds)
+
+
+def make_rows(
+    cases: list[Case], own: list[Contender], peers: list[Contender], floors: Mapping[str, Mapping[str, float]]
+) -> Iterator[Row]:
+    """`floors`: tokens per second by format and metric."""
+    for case in cases:
+        runs = {peer.name: peer.runs[case.metric] for peer in peers if case.metric in peer.runs}
+        rates = {name: median_row(name, "tok/s", values).value for name, values in runs.items()}
+        for kind in ("vllm", "llama_cpp"):
+            if of_kind := [name for name in rates if name.startswith(kind)]:
+                runs[f"{kind}_best"] = runs[max(of_kind, key=rates.__getitem__)]
+        for index, contender in enumerate(own):
+            others = {"floor": [floors[contender.name][case.metric]], **runs}
+            metric = case.metric if index == 0 else f"{case.metric}_{contender.name}"
+            yield median_row(metric, "tok/s", contender.runs[case.metric], others)
+        for name, values in runs.items():
+            if not name.endswith("_best"):
+                yield median_row(f"{case.metric}_{name}", "tok/s", values)
+
+
+async def run(
+    handle: ModelHandle, settings: Mapping[str, EngineSettings], peer_names: list[str] | None, repeats: int, console: Console
+) -> Report:
+    """`settings` by format, the main one first. `peer_names`: those to measure, all that are found if empty, none if None."""
     config = ModelConfig.from_dir(handle.path)
-    layout = kv_layout(config, settings, handle.revision)
-    num_blocks = max(
-        max(BATCH_SIZES) * layout.num_blocks_for(max(CONTEXT_LENGTHS) + DECODE_STEPS + 1),
-        layout.num_blocks_for(max(PROMPT_LENGTHS)),
-    )
-    memory = noise(num_blocks * layout.block_bytes)
-    torch.set_num_threads(settings.threads)
-    rates = measure_rates(getattr(torch, settings.dtype))
-    work = Work(config, DTYPE_BYTES[settings.dtype])
-    with Engine.load(handle.path, config, layout, num_blocks, memory, WeightFormats(), threads=settings.threads) as engine:
-        cases = make_cases(Bench(engine), work, rates, settings.max_prefill_tokens)
-        runs: dict[str, list[float]] = {case.metric: [] for case in cases}
+    cases = all_cases()
+    facts: dict[str, object] = {**machine_facts(), "model": handle.name}
+    rows: list[Row] = []
+    own: list[Contender] = []
+    floors: dict[str, dict[str, float]] = {}
+    with ExitStack() as stack:
+        core = min(os.sched_getaffinity(0))
+        specs = [] if peer_names is None else [spec for spec in find_peers() if not peer_names or spec.name in peer_names]
+        peers: list[Contender] = []
+        for spec in specs:
+            with console.status(f"starting {spec.name}"):
+                peer = stack.enter_context(Peer(spec, core))
+            facts[spec.name] = peer.facts.get("version", "?")
+            peers.append(Contender(spec.name, partial(_peer_s, peer)))
+        os.sched_setaffinity(0, {core} if peers else os.sched_getaffinity(0))
+        for weights, engine in settings.items():
+            torch.set_num_threads(engine.threads)
+            bench = stack.enter_context(loaded(handle.path, config, handle.revision, engine))
+            rates = measure_rates(weights, bench.engine.decoder.kernels)
+            work = Work(config, WEIGHT_BYTES[weights], DTYPE_BYTES[bench.engine.layout.dtype])
+            floors[weights] = {case.metric: case.num_tokens / case.floor_s(work, rates) for case in cases}
+            own.append(Contender(weights, partial(_engine_s, bench)))
+            rows += [
+                Row(f"product_{weights}_gop_s", rates.product_ops / 1e9, "GOP/s"),
+                Row("product_float32_gop_s", rates.float_ops / 1e9, "GOP/s"),
+                Row("memory_read_gb_s", rates.bytes / 1e9, "GB/s"),
+            ]
+            facts |= {"kernels": bench.engine.decoder.kernels.name, "threads": engine.threads}
         with console.status("") as state:
-            for number in range(repeats):  # the whole table again and again: a slow minute is spread over all of it
-                for case in cases:
-                    state.update(f"run {number + 1} of {repeats}: {case.metric}")
-                    runs[case.metric].append(await case.measure())
-    rows = [median_row(case.metric, "tok/s", runs[case.metric], {"floor": [case.floor_tok_s]}) for case in cases]
-    rows += [Row("gemm_gflop_s", rates.flops / 1e9, "GFLOP/s"), Row("memory_read_gb_s", rates.bytes / 1e9, "GB/s")]
-    facts = {**machine_facts(), "model": handle.name, "dtype": settings.dtype, "threads": settings.threads}
-    return Report(facts, commit(), rows)
+            await measure(own + peers, cases, repeats, state.update)
+    unique = {row.metric: row for row in rows}
+    return Report(facts, commit(), [*make_rows(cases, own, peers, floors), *unique.values()])
+
+
+async def _engine_s(bench: EngineBench, case: Case) -> float:
+    return await case.engine_s(bench)
+
+
+async def _peer_s(peer: Peer, case: Case) -> float:
+    return await case.peer_s(peer)
+
+
+async def start_rows(handle: ModelHandle, engine: EngineSettings) -> list[Row]:
+    """A worker with room for 16,384 tokens of bfloat16 KV."""
+    config = ModelConfig.from_dir(handle.path)
+    kv_memory = _RSS_KV_TOKENS * 4 * config.num_layers * config.num_kv_heads * config.head_dim
+    flags = engine.model_dump() | {"kv_dtype": "bfloat16", "kv_memory": kv_memory}
+    start = await start_worker(handle, ClusterSettings.load(flags=flags, env={}))
+    return [Row("worker_ready_s", start.ready_s, "s"), Row("worker_rss_mb", start.rss_mb, "MB")]
 
 
 def main(
-    dtype: Annotated[str, typer.Option(help=f"{' or '.join(get_args(Dtype))}.")] = "float32",
+    formats: Annotated[str, typer.Option(help=f"Of {', '.join(WEIGHT_BYTES)}: one or several, by commas.")] = "int8",
+    kv_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="Compute threads of the engine.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="How often the whole table is measured.")] = 3,
     model: Annotated[str, typer.Option(help="What `segue up --model` takes.")] = DEFAULT_MODEL,
+    peers: Annotated[bool, typer.Option("--peers", help="Measure vLLM and llama.cpp as well, all on one core.")] = False,
+    only_peers: Annotated[str, typer.Option(help="Of the peers only these, by commas, such as vllm_w8a8,llama_cpp_q4_0.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there as well.")] = None,
 ) -> None:
     """Measure the engine alone: prefill and decode against the floor of this machine. About two minutes for each repeat."""
     console = Console(highlight=False, soft_wrap=True)
+    peer_names = [name for name in only_peers.split(",") if name]
     try:
-        settings = EngineSettings.load(flags={"dtype": dtype, "threads": threads}, env={})
-        report = asyncio.run(run(model, settings=settings, repeats=repeats, console=console))
+        settings = {name: engine_settings(name, threads, kv_dtype) for name in formats.split(",")}
+        handle = resolve(model)
+        report = asyncio.run(run(handle, settings, peer_names if peers else None, repeats, console))
+        starts = asyncio.run(start_rows(handle, next(iter(settings.values()))))
     except SegueError as error:
         console.print(f"error: {error.message}", style="red", markup=False)
         raise typer.Exit(1) from None
+    report = Report(report.machine, report.commit, [*report.rows, *starts])
     print_report(report, console)
     if json_file is not None:
         write_json(report, json_file)

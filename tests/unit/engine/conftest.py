@@ -47,6 +47,8 @@ LLAMA3_ROPE = {
 }
 CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    # Fills whole groups of int4 weights.
+    "llama_96": lambda: transformers.LlamaConfig(**SIZES | {"hidden_size": 96, "intermediate_size": 128}),
     "llama3_rope": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
     "linear_rope": lambda: transformers.LlamaConfig(
         **SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
