@@ -50,7 +50,7 @@ class Finding:
 async def examine(settings: ClusterSettings, show: Callable[[Finding], None]) -> list[Finding]:
     """Runs every check, and shows each finding as it is made."""
     findings = []
-    for check in (check_python, check_packages, check_machine, check_torch, check_ray, check_store):
+    for check in (check_python, check_packages, check_machine, check_torch, check_kernels, check_ray, check_store):
         for finding in check(settings):
             show(finding)
             findings.append(finding)
@@ -128,6 +128,23 @@ def check_torch(_settings: ClusterSettings) -> Iterator[Finding]:
     else:
         advice = f"OMP_NUM_THREADS asks for more threads than the {cores} cores; segue up sets it for its own workers"
         yield Finding("torch", "warn", detail, advice)
+
+
+def check_kernels(_settings: ClusterSettings) -> Iterator[Finding]:
+    try:
+        from engine.kernels.native import built_library, instruction_sets
+
+        names = instruction_sets(built_library())
+    except ImportError as error:
+        yield Finding("kernels", "fail", f"cannot be loaded: {error}", _INSTALL)
+    except SegueError as error:
+        yield Finding("kernels", "fail", error.message)
+    else:
+        if names:
+            yield Finding("kernels", "ok", f"native, {names[0]} (of {', '.join(names)})")
+        else:
+            detail = "the native library was not built: torch computes, several times slower"
+            yield Finding("kernels", "warn", detail, "install a C++20 compiler (Debian: apt install g++), then Segue again")
 
 
 def check_ray(_settings: ClusterSettings) -> Iterator[Finding]:

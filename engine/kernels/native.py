@@ -20,6 +20,7 @@ from engine.kv_cache import KVCache
 from engine.linear import INT4_GROUP, FloatWeight, Int4Weight, Int8Weight, Linear, Weight
 from engine.rotary import RotaryTable
 from engine.step import StepInputs
+from segue.errors import ConfigError
 from segue.models.config import ModelConfig
 
 LIBRARY_MODULE = "engine.kernels._native"
@@ -85,8 +86,11 @@ class NativeStep:
 
 
 def open_library(path: str) -> ctypes.CDLL:
-    """The library at `path`, with the types of its functions."""
-    library = ctypes.CDLL(path)
+    """The library at `path`, with the types of its functions. Raises ConfigError when it cannot be loaded."""
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise ConfigError(f"cannot load the native kernels: {error}; install Segue again") from None
     library.segue_instruction_set.argtypes = (c_int64,)
     library.segue_instruction_set.restype = c_char_p
     library.segue_open.argtypes = (c_int64, c_int64)

@@ -13,6 +13,7 @@ from deploy import doctor
 from deploy.doctor import Finding, examine
 from deploy.launch import Programs
 from deploy.router_process import RouterProcess
+from engine.kernels import native
 from segue.config import ClusterSettings, RouterSettings
 
 
@@ -28,8 +29,9 @@ async def test_a_fit_machine_without_a_cluster(segue_home: Path) -> None:
     findings = await examine(unused_ports(), shown.append)
     assert shown == findings
     by_check = {finding.check: finding for finding in findings}
-    assert list(by_check) == ["python", "packages", "cores", "memory", "shm", "torch", "ray", "models", "valkey", "ports"]
-    for check in ("python", "packages", "ray", "valkey", "ports"):
+    expected = ["python", "packages", "cores", "memory", "shm", "torch", "kernels", "ray", "models", "valkey", "ports"]
+    assert list(by_check) == expected
+    for check in ("python", "packages", "kernels", "ray", "valkey", "ports"):
         assert by_check[check].verdict == "ok", by_check[check]
     assert by_check["models"].verdict == "warn"
     assert "segue models pull" in by_check["models"].advice
@@ -52,6 +54,20 @@ def test_a_package_that_cannot_be_loaded_fails(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "ray", None)
     (finding,) = doctor.check_ray(ClusterSettings())
     assert finding.verdict == "fail"
+
+
+def test_kernels_that_were_not_built_are_a_warning_and_damaged_ones_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "built_library", lambda: None)
+    (finding,) = doctor.check_kernels(ClusterSettings())
+    assert finding.verdict == "warn"
+    assert "compiler" in finding.advice
+    (tmp_path / "native.so").write_bytes(b"no library")
+    monkeypatch.setattr(native, "built_library", lambda: native.open_library(str(tmp_path / "native.so")))
+    (finding,) = doctor.check_kernels(ClusterSettings())
+    assert finding.verdict == "fail"
+    assert "native.so" in finding.detail
 
 
 def test_too_little_memory_is_a_warning() -> None:
