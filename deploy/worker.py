@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from decode_worker.service import DecodeService
+from engine.calibration import load_calibration
 from engine.engine import Engine
 from engine.kv_cache import TORCH_DTYPES
 from engine.layout import kv_layout
@@ -72,6 +73,8 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
 
 
 def _load(settings: WorkerSettings) -> tuple[Engine, KVMemory]:
+    if settings.device != "cpu" and set(settings.roles) != {"prefill", "decode"}:
+        raise ConfigError("device: KV cannot be handed over from a GPU's memory yet; run cuda workers with --colocated")
     config = ModelConfig.from_dir(settings.model_dir)
     layout = kv_layout(config, settings, model_revision(settings.model_dir))
     num_blocks = settings.kv_memory // layout.block_bytes
@@ -80,7 +83,12 @@ def _load(settings: WorkerSettings) -> tuple[Engine, KVMemory]:
             f"kv_memory: {settings.kv_memory} bytes hold {num_blocks} blocks of {layout.block_bytes} bytes; give it more"
         )
     memory = KVMemory.allocate(layout, num_blocks)
-    formats = WeightFormats(TORCH_DTYPES[settings.dtype], settings.own_quantization, frozenset(settings.keep_float))
+    formats = WeightFormats(
+        TORCH_DTYPES[settings.dtype],
+        settings.own_quantization,
+        frozenset(settings.keep_float),
+        load_calibration(settings.model_dir) if settings.own_quantization != "none" else {},
+    )
     engine = Engine.load(
         settings.model_dir,
         config,

@@ -18,17 +18,24 @@ from typing import Self
 import torch
 
 from engine.block_pool import BlockPool
+from engine.cuda_graphs import GraphDecoder
 from engine.kernels.choice import make_kernels
 from engine.kv_cache import KVCache, WritableBuffer
 from engine.model import Decoder
 from engine.rotary import RotaryTable
 from engine.sampler import sample
-from engine.step import Chunk, prepare_step
+from engine.step import Chunk, StepInputs, prepare_step
 from engine.weights import WeightFormats, load_weights
 from segue.errors import ConfigError, InternalError, InvalidRequest
 from segue.kv_layout import KVLayout
 from segue.models.config import ModelConfig
 from segue.sampling import GeneratedToken
+
+
+OnLayer = Callable[[int], None]
+Forward = Callable[[StepInputs, OnLayer | None], torch.Tensor]
+# Decode steps of more sequences are launched kernel by kernel.
+_MAX_GRAPH_BATCH = 64
 
 
 class Engine:
@@ -39,6 +46,7 @@ class Engine:
         self.layout = layout
         self.pool = pool
         self._decoder: Decoder | None = decoder
+        self._forward: Forward | None = decoder.forward if decoder.kernels.device.type == "cpu" else _on_gpu(decoder)
         # The number of compute threads is a property of the thread that starts them.
         self._executor = ThreadPoolExecutor(1, "engine", initializer=torch.set_num_threads, initargs=(threads,))
 
@@ -56,13 +64,15 @@ class Engine:
         device: str = "cpu",
         kernels: str = "auto",
     ) -> Engine:
-        """`kv_buffer` is writable, holds num_blocks * layout.block_bytes bytes and outlives the engine.
+        """`kv_buffer` is writable, holds num_blocks * layout.block_bytes bytes and outlives the engine; a GPU keeps its KV in
+        memory of its own instead.
 
-        Raises ModelFileError for weights that are missing, damaged or do not fit `config`.
+        Raises ModelFileError for weights that are missing, damaged or do not fit `config`, and ConfigError for a device or
+        kernels that are not there.
         """
         if threads < 1:
             raise ConfigError(f"threads: must be at least 1, not {threads}")
-        cache = KVCache.over(kv_buffer, layout, num_blocks)
+        cache = KVCache.over(kv_buffer, layout, num_blocks) if device == "cpu" else _device_cache(device, layout, num_blocks)
         rotary = RotaryTable(config.rope, config.head_dim, config.max_context)
         backend = make_kernels(config, cache, rotary, threads=threads, device=device, kernels=kernels)
         decoder = Decoder(load_weights(model_dir, config, formats), backend)
@@ -86,7 +96,7 @@ class Engine:
         if self.layout.num_blocks_for(num_tokens) > self.pool.num_total:
             raise InvalidRequest("max_tokens", f"{num_tokens} tokens do not fit this worker's KV memory")
 
-    async def run(self, chunks: Chunks[Chunk], on_layer: Callable[[int], None] | None = None) -> list[GeneratedToken | None]:
+    async def run(self, chunks: Chunks[Chunk], on_layer: OnLayer | None = None) -> list[GeneratedToken | None]:
         """Computes all chunks, of different sequences, in one forward pass.
 
         Returns, for each chunk, the next token when the chunk reached the end of its sequence, else None; tokens are not
@@ -104,7 +114,7 @@ class Engine:
     def close(self) -> None:
         """Waits for the pass under way and lets go of weights and KV memory. Doing it twice does no harm."""
         self._executor.shutdown(cancel_futures=True)
-        self._decoder = None
+        self._decoder = self._forward = None
 
     def __enter__(self) -> Self:
         return self
@@ -112,16 +122,46 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _compute(self, chunks: Chunks[Chunk], on_layer: Callable[[int], None] | None) -> list[GeneratedToken | None]:
-        decoder = self.decoder
+    def _compute(self, chunks: Chunks[Chunk], on_layer: OnLayer | None) -> list[GeneratedToken | None]:
+        if (forward := self._forward) is None:
+            raise InternalError("the engine is closed")
         tokens: list[GeneratedToken | None] = [None] * len(chunks)
         with torch.inference_mode():
             step = prepare_step(chunks, self.layout)
-            logits = decoder.forward(step, on_layer)
-            sampled = sample(logits, [chunks[index].sequence for index in step.sampled_chunks])
+            logits = forward(step, on_layer)
+            sampled = sample(logits.cpu(), [chunks[index].sequence for index in step.sampled_chunks])
         for index, token in zip(step.sampled_chunks, sampled, strict=True):
             tokens[index] = token
         return tokens
+
+
+def _device_cache(device: str, layout: KVLayout, num_blocks: int) -> KVCache:
+    if device != "cuda":
+        raise ConfigError(f"device: must be cpu or cuda, not {device}")
+    if not torch.cuda.is_available():
+        raise ConfigError("device: torch finds no CUDA device; use cpu, or install a CUDA build of torch and the driver")
+    return KVCache(torch.empty(num_blocks * layout.block_bytes, dtype=torch.uint8, device=device), layout, num_blocks)
+
+
+def _on_gpu(decoder: Decoder) -> Forward:
+    """Decode steps come from CUDA graphs; a layer is told of when its kernels are done and not when they are launched.
+
+    Not run on hardware.
+    """
+    graphs = GraphDecoder(decoder, decoder.kernels, _MAX_GRAPH_BATCH)
+
+    def forward(step: StepInputs, on_layer: OnLayer | None) -> torch.Tensor:
+        if on_layer is None:
+            return graphs.forward(step)
+        tell = on_layer
+
+        def when_done(layer: int) -> None:
+            torch.cuda.current_stream().synchronize()
+            tell(layer)
+
+        return decoder.forward(step, when_done)
+
+    return forward
 
 
 async def _finish(step: Future[list[GeneratedToken | None]]) -> list[GeneratedToken | None]:

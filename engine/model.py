@@ -34,9 +34,20 @@ class Decoder:
     def forward(self, step: StepInputs, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits [sampled rows, vocab] float32, on the backend's device. `on_layer` is called as soon as a layer's K and V are
         in the cache."""
+        device = self.kernels.device
+        return self.compute(self.kernels.prepare(step), step.token_ids.to(device), step.sampled_rows.to(device), on_layer)
+
+    def compute(
+        self,
+        prepared: Any,
+        token_ids: torch.Tensor,
+        sampled_rows: torch.Tensor,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """`forward` without what the host does first: `prepared` comes from the backend, `token_ids` [tokens] and
+        `sampled_rows` [sampled] int64 are on its device."""
         kernels = self.kernels
-        prepared = kernels.prepare(step)
-        hidden = self._embedding[step.token_ids.to(kernels.device)].to(torch.float32)
+        hidden = self._embedding[token_ids].to(torch.float32)
         for index, layer in enumerate(self._layers):
             heads = kernels.linear(layer.qkv, hidden)
             kernels.rotate_and_write(index, heads, layer.qk_norm, prepared)
@@ -45,7 +56,7 @@ class Decoder:
             attended = kernels.attend(index, heads, prepared)
             kernels.linear(layer.attention_output, attended, add_to=hidden)
             kernels.linear(layer.down, kernels.linear(layer.gate_up, hidden), add_to=hidden)
-        return kernels.linear(self._head, hidden[step.sampled_rows.to(kernels.device)])
+        return kernels.linear(self._head, hidden[sampled_rows])
 
 
 def _pack_layer(kernels: Kernels[Any, Any], layer: LayerWeights) -> _Layer:
@@ -54,5 +65,5 @@ def _pack_layer(kernels: Kernels[Any, Any], layer: LayerWeights) -> _Layer:
         attention_output=kernels.pack(layer.attention_output),
         gate_up=kernels.pack(layer.gate_up, norm=layer.mlp_norm),
         down=kernels.pack(layer.down, gated=True),
-        qk_norm=layer.qk_norm,
+        qk_norm=None if layer.qk_norm is None else layer.qk_norm.to(kernels.device),
     )

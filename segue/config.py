@@ -100,7 +100,7 @@ class EngineSettings(Settings):
     kv_dtype: KVDtype = Field("auto", description="Number format of the KV cache; auto is the dtype")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to compute")
     kv_memory: NumBytes = Field(2**29, ge=1, description="Memory for KV cache of each worker, in bytes")
-    block_size: int = Field(16, ge=1, le=256, description="Tokens in one KV block")
+    block_size: int = Field(32, ge=1, le=256, description="Tokens in one KV block")
     threads: int = Field(0, ge=0, description="Compute threads of each worker; 0 shares out the cores")
     max_prefill_tokens: int = Field(512, ge=1, description="Prompt tokens computed in one step")
     max_batch: int = Field(64, ge=1, description="Sequences that one worker decodes at a time")

@@ -16,10 +16,16 @@ from segue.models.config import ModelConfig
 def make_kernels(
     config: ModelConfig, cache: KVCache, rotary: RotaryTable, *, threads: int, device: str = "cpu", kernels: str = "auto"
 ) -> Kernels[Any, Any]:
-    """`kernels` is "torch", an instruction set of the native library, or "auto": the best native one, and torch where the
-    library was not built. Raises ConfigError for what this machine cannot run."""
-    if device != "cpu":
-        raise ConfigError(f"device: only cpu is supported, not {device}")
+    """For the device that holds `cache`.
+
+    On CPUs `kernels` is "torch", an instruction set of the native library, or "auto": the best native one, and torch where the
+    library was not built. Raises ConfigError for what this machine cannot run.
+    """
+    if device == "cuda":
+        # Not loaded by workers that compute on CPUs.
+        from engine.kernels.triton_backend import TritonKernels
+
+        return TritonKernels(config, cache, rotary)
     library = built_library()
     names = [*instruction_sets(library), "torch"]
     name = names[0] if kernels == "auto" else kernels

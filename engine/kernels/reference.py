@@ -134,7 +134,7 @@ def product(layer: Linear, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _int4_product(weight: Int4Weight, inputs: torch.Tensor) -> torch.Tensor:
-    quantized, row_scales = quantize_rows(inputs.view(len(inputs), -1, INT4_GROUP))
+    quantized, row_scales = quantize_rows(inputs.view(len(inputs), inputs.shape[1] // INT4_GROUP, INT4_GROUP))
     outputs = torch.zeros(len(inputs), len(weight.values))
     for group in range(row_scales.shape[1]):
         columns = slice(group * INT4_GROUP, (group + 1) * INT4_GROUP)

@@ -80,22 +80,18 @@ inline void rotate_and_write(Pool& pool, const Cache& cache, int64_t layer, floa
   });
 }
 
-// One block of one head as floats: keys [head_dim][key_stride], values [positions][value_stride].
+// One block of one head: keys [head_dim][key_stride], values [positions][value_stride]. Scales, one for each position, are int8's.
+template <class Number>
 struct Block {
-  const float* keys;
-  const float* values;
+  const Number* keys;
+  const Number* values;
+  int64_t key_stride;
+  int64_t value_stride;
+  const float* key_scales;
+  const float* value_scales;
 };
 
-// Numbers of one row of a slab: [count] → floats, filled up to a multiple of kLanes with whatever follows.
-inline Floats load_numbers(const Cache& cache, const uint8_t* slab, int64_t first) {
-  switch (cache.format) {
-    case kFloat32: return load(reinterpret_cast<const float*>(slab) + first);
-    case kBfloat16: return load_bfloat16(reinterpret_cast<const uint16_t*>(slab) + first);
-    default: return load_int8(reinterpret_cast<const int8_t*>(slab) + first);
-  }
-}
-
-// What a tile works in. Strides are multiples of kLanes.
+// What a task works in. Strides are multiples of kLanes.
 struct Tile {
   int64_t key_stride;
   int64_t value_stride;
@@ -125,45 +121,18 @@ inline Tile take_tile(const Cache& cache, int64_t num_rows, Scratch& scratch) {
   return tile;
 }
 
-// A table of `num_rows` x `width` numbers of a slab as floats with rows of `stride`. Rows whose end does not fill a vector are copied
-// number by number first, so that nothing beyond the slab is read.
-template <class Scale>
-inline void expand(const Cache& cache, const uint8_t* slab, int64_t num_rows, int64_t width, float* to, int64_t stride, Scale scale) {
-  const int64_t item = cache.format == kFloat32 ? 4 : cache.format == kBfloat16 ? 2 : 1;
-  for (int64_t row = 0; row < num_rows; ++row) {
-    for (int64_t column = 0; column < width; column += kLanes) {
-      Floats x;
-      if (width - column >= kLanes) {
-        x = load_numbers(cache, slab, row * width + column);
-      } else {
-        uint8_t some[kLanes * sizeof(float)] = {};
-        std::memcpy(some, slab + (row * width + column) * item, (width - column) * item);
-        x = load_numbers(cache, some, 0);
-      }
-      store(to + row * stride + column, scale(x, row, column));
+// A table [num_rows][width] as floats with rows of `stride`. Of rows whose end does not fill a vector, only what is there is read.
+template <class Number>
+inline void expand(const Number* from, int64_t num_rows, int64_t width, float* to, int64_t stride) {
+  for (int64_t row = 0; row < num_rows; ++row, from += width, to += stride) {
+    int64_t column = 0;
+    for (; column + kLanes <= width; column += kLanes) store(to + column, load(from + column));
+    if (column < width) {
+      Number some[kLanes] = {};
+      std::memcpy(some, from + column, (width - column) * sizeof(Number));
+      store(to + column, load(some));
     }
   }
-}
-
-inline Block load_block(const Cache& cache, int64_t layer, int32_t block, int64_t head, int64_t positions, const Tile& tile) {
-  const uint8_t* keys = slab_of(cache, layer, block, false, head);
-  const uint8_t* values = slab_of(cache, layer, block, true, head);
-  const bool is_plain = cache.format == kFloat32 && tile.key_stride == cache.block_size && tile.value_stride == cache.head_dim;
-  if (is_plain) return {reinterpret_cast<const float*>(keys), reinterpret_cast<const float*>(values)};
-  if (cache.format == kInt8) {
-    const int64_t num_values = static_cast<int64_t>(cache.head_dim) * cache.block_size;
-    const auto* key_scales = reinterpret_cast<const float*>(keys + num_values);
-    const auto* value_scales = reinterpret_cast<const float*>(values + num_values);
-    expand(cache, keys, cache.head_dim, cache.block_size, tile.keys, tile.key_stride,
-           [&](Floats x, int64_t, int64_t column) { return x * load_some(key_scales + column, cache.block_size - column); });
-    expand(cache, values, positions, cache.head_dim, tile.values, tile.value_stride,
-           [&](Floats x, int64_t row, int64_t) { return x * broadcast(value_scales + row); });
-  } else {
-    const auto as_is = [](Floats x, int64_t, int64_t) { return x; };
-    expand(cache, keys, cache.head_dim, cache.block_size, tile.keys, tile.key_stride, as_is);
-    expand(cache, values, positions, cache.head_dim, tile.values, tile.value_stride, as_is);
-  }
-  return {tile.keys, tile.values};
 }
 
 // Scores become weights: exp(score - highest so far). `visible` positions count, the others get 0. Returns the highest so far.
@@ -179,20 +148,20 @@ inline float weigh(float* scores, int64_t visible, int64_t positions, float high
 }
 
 // R rows meet the first `positions` positions of a block; row r sees visible[r] of them.
-template <int R>
-inline void attend_block(const Cache& cache, const Tile& tile, int64_t row, const Block& block, const int64_t* visible, int64_t positions) {
+template <int R, class Number>
+inline void attend_block(const Cache& cache, const Tile& tile, int64_t row, const Block<Number>& block, const int64_t* visible, int64_t positions) {
   const int64_t num_columns = round_up(positions, kLanes);
+  const auto as_floats = [](const Number* p) { return load(p); };
   for (int64_t column = 0; column < num_columns; column += kLanes) {
     Floats scores[R];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) scores[r] = broadcast(0.0f);
-    add_tile<R>(scores, tile.queries + row * tile.value_stride, tile.value_stride, block.keys + column, tile.key_stride, cache.head_dim,
-                [](const float* p) { return load(p); });
+    add_tile<R>(scores, tile.queries + row * tile.value_stride, tile.value_stride, block.keys + column, block.key_stride, cache.head_dim, as_floats);
+    const Floats scales = block.key_scales ? load_some(block.key_scales + column, cache.block_size - column) : broadcast(1.0f);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) store(tile.weights + r * tile.key_stride + column, scores[r]);
+    for (int r = 0; r < R; ++r) store(tile.weights + r * tile.key_stride + column, scores[r] * scales);
   }
   float changes[kLanes] = {};
-#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     if (visible[r] <= 0) {
       std::memset(tile.weights + r * tile.key_stride, 0, num_columns * sizeof(float));
@@ -204,10 +173,14 @@ inline void attend_block(const Cache& cache, const Tile& tile, int64_t row, cons
   }
   float factors[kLanes];
   store(factors, exponential(load(changes)));
-#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
+    float* weights = tile.weights + r * tile.key_stride;
     Floats sums = load(tile.sums + (row + r) * kLanes) * broadcast(factors[r]);
-    for (int64_t column = 0; column < num_columns; column += kLanes) sums = sums + load(tile.weights + r * tile.key_stride + column);
+    for (int64_t column = 0; column < num_columns; column += kLanes) {
+      const Floats added = load(weights + column);
+      sums = sums + added;
+      if (block.value_scales) store(weights + column, added * load_some(block.value_scales + column, cache.block_size - column));
+    }
     store(tile.sums + (row + r) * kLanes, sums);
   }
   for (int64_t column = 0; column < tile.value_stride; column += kLanes) {
@@ -215,8 +188,7 @@ inline void attend_block(const Cache& cache, const Tile& tile, int64_t row, cons
     Floats sums[R];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) sums[r] = load(outputs + r * tile.value_stride) * broadcast(factors[r]);
-    add_tile<R>(sums, tile.weights, tile.key_stride, block.values + column, tile.value_stride, positions,
-                [](const float* p) { return load(p); });
+    add_tile<R>(sums, tile.weights, tile.key_stride, block.values + column, block.value_stride, positions, as_floats);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) store(outputs + r * tile.value_stride, sums[r]);
   }
@@ -229,6 +201,50 @@ struct Task {
   int64_t num_tokens;
   int64_t kv_head;
 };
+
+// All of a task's rows meet a block that starts at position `start` and of which `filled` positions are written.
+template <class Number>
+inline void attend_rows(const Cache& cache, const Tile& tile, const Task& task, const Block<Number>& block, int64_t start, int64_t filled) {
+  const int64_t group = cache.num_heads / cache.num_kv_heads, num_rows = task.num_tokens * group;
+  for (int64_t row = 0; row < num_rows; row += kMaxRows) {
+    const int64_t count = std::min<int64_t>(kMaxRows, num_rows - row);
+    int64_t visible[kMaxRows], most = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      visible[r] = std::min(filled, task.first_position + (row + r) / group + 1 - start);
+      most = std::max(most, visible[r]);
+    }
+    if (most <= 0) continue;
+    with_rows(static_cast<int>(count), [&](auto r) { attend_block<decltype(r)::value>(cache, tile, row, block, visible, most); });
+  }
+}
+
+template <class Number>
+inline void attend_blocks(const Cache& cache, int64_t layer, const Task& task, const Tile& tile) {
+  const int64_t num_numbers = static_cast<int64_t>(cache.head_dim) * cache.block_size;
+  const bool fills_vectors = tile.key_stride == cache.block_size && tile.value_stride == cache.head_dim;
+  const bool is_few_rows = task.num_tokens * (cache.num_heads / cache.num_kv_heads) <= kMaxRows;
+  // Numbers that many rows meet are made floats once.
+  const bool is_read_in_place = fills_vectors && (std::is_same_v<Number, float> || is_few_rows);
+  const int64_t end = task.first_position + task.num_tokens;
+  for (int64_t start = 0; start < end; start += cache.block_size) {
+    const int64_t filled = std::min<int64_t>(cache.block_size, end - start);
+    const int32_t id = task.piece->blocks[start / cache.block_size];
+    const auto* keys = reinterpret_cast<const Number*>(slab_of(cache, layer, id, false, task.kv_head));
+    const auto* values = reinterpret_cast<const Number*>(slab_of(cache, layer, id, true, task.kv_head));
+    constexpr bool has_scales = std::is_same_v<Number, int8_t>;
+    const float* key_scales = has_scales ? reinterpret_cast<const float*>(keys + num_numbers) : nullptr;
+    const float* value_scales = has_scales ? reinterpret_cast<const float*>(values + num_numbers) : nullptr;
+    if (is_read_in_place) {
+      const Block<Number> block = {keys, values, cache.block_size, cache.head_dim, key_scales, value_scales};
+      attend_rows(cache, tile, task, block, start, filled);
+    } else {
+      expand(keys, cache.head_dim, cache.block_size, tile.keys, tile.key_stride);
+      expand(values, filled, cache.head_dim, tile.values, tile.value_stride);
+      const Block<float> block = {tile.keys, tile.values, tile.key_stride, tile.value_stride, key_scales, value_scales};
+      attend_rows(cache, tile, task, block, start, filled);
+    }
+  }
+}
 
 inline void attend_task(const Cache& cache, int64_t layer, const Task& task, const float* heads, float* outputs, Scratch& scratch) {
   const int64_t group = cache.num_heads / cache.num_kv_heads, num_rows = task.num_tokens * group;
@@ -244,20 +260,10 @@ inline void attend_task(const Cache& cache, int64_t layer, const Task& task, con
     for (int64_t d = 0; d < cache.head_dim; ++d) tile.queries[row * tile.value_stride + d] = query[d] * scale;
     tile.highest[row] = -__builtin_inff();
   }
-  const int64_t end = task.first_position + task.num_tokens;
-  for (int64_t start = 0; start < end; start += cache.block_size) {
-    const int64_t filled = std::min<int64_t>(cache.block_size, end - start);
-    const Block block = load_block(cache, layer, task.piece->blocks[start / cache.block_size], task.kv_head, filled, tile);
-    for (int64_t row = 0; row < num_rows; row += kMaxRows) {
-      const int64_t count = std::min<int64_t>(kMaxRows, num_rows - row);
-      int64_t visible[kMaxRows], most = 0;
-      for (int64_t r = 0; r < count; ++r) {
-        visible[r] = std::min(filled, task.first_position + (row + r) / group + 1 - start);
-        most = std::max(most, visible[r]);
-      }
-      if (most <= 0) continue;
-      with_rows(static_cast<int>(count), [&](auto r) { attend_block<decltype(r)::value>(cache, tile, row, block, visible, most); });
-    }
+  switch (cache.format) {
+    case kFloat32: attend_blocks<float>(cache, layer, task, tile); break;
+    case kBfloat16: attend_blocks<uint16_t>(cache, layer, task, tile); break;
+    default: attend_blocks<int8_t>(cache, layer, task, tile); break;
   }
   for (int64_t row = 0; row < num_rows; ++row) {
     float* to = outputs + (first_token + row / group) * output_width + (task.kv_head * group + row % group) * cache.head_dim;

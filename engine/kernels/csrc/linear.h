@@ -262,7 +262,7 @@ inline void linear(Pool& pool, const Linear& layer, const float* inputs, int64_t
       for (int64_t panel = num_panels * share / num_shares; panel < num_panels * (share + 1) / num_shares; ++panel) {
         switch (layer.format) {
           case kFloat32: multiply_floats<float>(rows, row, end_row, panel, out, [](const float* p) { return load(p); }); break;
-          case kBfloat16: multiply_floats<uint16_t>(rows, row, end_row, panel, out, [](const uint16_t* p) { return load_bfloat16(p); }); break;
+          case kBfloat16: multiply_floats<uint16_t>(rows, row, end_row, panel, out, [](const uint16_t* p) { return load(p); }); break;
           case kInt8: multiply_int8(rows, row, end_row, panel, out, scratch); break;
           case kInt4: multiply_int4(rows, row, end_row, panel, out); break;
         }

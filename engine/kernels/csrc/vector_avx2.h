@@ -53,7 +53,8 @@ inline Floats power_of_two(Ints x) {
 }
 
 inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline Floats load_bfloat16(const uint16_t* p) {
+// bfloat16
+inline Floats load(const uint16_t* p) {
   const __m256i x = load_bytes(p);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)), 16))};
@@ -62,7 +63,7 @@ inline Floats load_float16(const uint16_t* p) {
   const __m256i x = load_bytes(p);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
 }
-inline Floats load_int8(const int8_t* p) {
+inline Floats load(const int8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};
 }

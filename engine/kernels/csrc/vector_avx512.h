@@ -48,11 +48,12 @@ inline Floats power_of_two(Ints x) {
 
 inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m512i load_line(const void* p) { return _mm512_loadu_si512(p); }
-inline Floats load_bfloat16(const uint16_t* p) {
+// bfloat16
+inline Floats load(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bytes(p)), 16))};
 }
 inline Floats load_float16(const uint16_t* p) { return {_mm512_cvtph_ps(load_bytes(p))}; }
-inline Floats load_int8(const int8_t* p) {
+inline Floats load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 // Lanes -128 ... 127 as 16 bytes

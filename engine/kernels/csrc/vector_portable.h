@@ -64,7 +64,8 @@ inline Floats power_of_two(Ints x) {
   return each_lane<Floats>([&](int i) { return from_bits(static_cast<uint32_t>(x.v[i] + 127) << 23); });
 }
 
-inline Floats load_bfloat16(const uint16_t* p) {
+// bfloat16
+inline Floats load(const uint16_t* p) {
   return each_lane<Floats>([=](int i) { return from_bits(static_cast<uint32_t>(p[i]) << 16); });
 }
 // Shifting exponent and mantissa into place leaves the exponent's bias wrong by 112, which one product mends, subnormals included.
@@ -74,7 +75,7 @@ inline Floats load_float16(const uint16_t* p) {
     return p[i] & 0x8000 ? -size : size;
   });
 }
-inline Floats load_int8(const int8_t* p) { return each_lane<Floats>([=](int i) { return static_cast<float>(p[i]); }); }
+inline Floats load(const int8_t* p) { return each_lane<Floats>([=](int i) { return static_cast<float>(p[i]); }); }
 inline void store_int8(int8_t* p, Ints x) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(x.v[i]);
 }
