@@ -31,7 +31,6 @@ from segue.kv_layout import KVLayout
 from segue.models.config import ModelConfig
 from segue.sampling import GeneratedToken
 
-
 OnLayer = Callable[[int], None]
 Forward = Callable[[StepInputs, OnLayer | None], torch.Tensor]
 # Decode steps of more sequences are launched kernel by kernel.
@@ -148,6 +147,10 @@ def _on_gpu(decoder: Decoder) -> Forward:
 
     Not run on hardware.
     """
+    from engine.kernels.triton_backend import TritonKernels
+
+    if not isinstance(decoder.kernels, TritonKernels):
+        raise InternalError(f"no graphs for the kernels {decoder.kernels.name}")
     graphs = GraphDecoder(decoder, decoder.kernels, _MAX_GRAPH_BATCH)
 
     def forward(step: StepInputs, on_layer: OnLayer | None) -> torch.Tensor:
