@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -31,6 +31,11 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * _SIZE_UNITS[match[2]]) if match else value
 
 
+def parse_names(value: object) -> object:
+    """`prefill,decode` as a tuple; anything but text is left for the validator."""
+    return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+
 NumBytes = Annotated[int, BeforeValidator(parse_bytes)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["float32", "bfloat16"]
@@ -39,9 +44,6 @@ Quantization = Literal["none", "int8", "int4"]
 LinearName = Literal["qkv", "attention_output", "gate_up", "down", "head"]
 KVTransport = Literal["auto", "shm", "tcp"]
 Role = Literal["prefill", "decode"]
-
-
-_LISTS = frozenset({"roles", "keep_float"})
 
 
 class Settings(BaseModel):
@@ -62,7 +64,7 @@ class Settings(BaseModel):
         source = os.environ if env is None else env
         for name in cls.model_fields:
             if (text := source.get(f"SEGUE_{name.upper()}")) is not None:
-                values[name] = [part for part in text.split(",") if part] if name in _LISTS else text
+                values[name] = text
         values |= {name: value for name, value in (flags or {}).items() if value is not None}
         try:
             return cls.model_validate(values)
@@ -96,7 +98,9 @@ class EngineSettings(Settings):
     decode_quantization: Quantization | None = Field(
         None, description="The same for workers that only decode; as `quantization` if not given"
     )
-    keep_float: tuple[LinearName, ...] = Field((), description="Linear layers that are never quantized, such as head,down")
+    keep_float: Annotated[tuple[LinearName, ...], BeforeValidator(parse_names)] = Field(
+        (), description=f"Linear layers that are never quantized, of {', '.join(get_args(LinearName))}"
+    )
     kv_dtype: KVDtype = Field("auto", description="Number format of the KV cache; auto is the dtype")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to compute")
     kv_memory: NumBytes = Field(2**29, ge=1, description="Memory for KV cache of each worker, in bytes")
@@ -146,7 +150,7 @@ class WorkerSettings(EngineSettings):
     cluster_id: str
     redis: str
     worker_id: str
-    roles: tuple[Role, ...] = Field(min_length=1)
+    roles: Annotated[tuple[Role, ...], BeforeValidator(parse_names)] = Field(min_length=1)
     model_dir: Path
     model_name: str
     # The address this worker listens on and is reached at.

@@ -15,7 +15,7 @@ from segue.config import ClusterSettings
 def _flag(name: str, *, shape: str = "", flag: str = "") -> Any:
     """The option for the setting `name`: it is None unless given, and the setting's own description is its help."""
     field = ClusterSettings.model_fields[name]
-    default = "" if field.default in (None, PydanticUndefined) else f" (default {field.default})"
+    default = "" if field.default in (None, (), PydanticUndefined) else f" (default {field.default})"
     return typer.Option(
         flag or f"--{name.replace('_', '-')}",
         help=f"{field.description or name.replace('_', ' ').capitalize()}{default}",
@@ -37,7 +37,7 @@ def up(
     dtype: Annotated[str | None, _flag("dtype", shape="float32|bfloat16")] = None,
     quantization: Annotated[str | None, _flag("quantization", shape="none|int8|int4")] = None,
     decode_quantization: Annotated[str | None, _flag("decode_quantization", shape="none|int8|int4")] = None,
-    keep_float: Annotated[list[str] | None, _flag("keep_float", shape="LAYER")] = None,
+    keep_float: Annotated[str | None, _flag("keep_float", shape="LAYERS")] = None,
     kv_dtype: Annotated[str | None, _flag("kv_dtype", shape="auto|float32|bfloat16|int8")] = None,
     device: Annotated[str | None, _flag("device", shape="cpu|cuda")] = None,
     kv_memory: Annotated[str | None, _flag("kv_memory", shape="SIZE")] = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import weakref
-from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -73,6 +73,7 @@ class _Piece(ctypes.Structure):
 @dataclass(frozen=True, slots=True)
 class NativeLinear:
     struct: _Linear
+    address: int
     num_outputs: int
     # What the struct points to.
     tensors: tuple[torch.Tensor | None, ...]
@@ -96,8 +97,8 @@ def open_library(path: str) -> ctypes.CDLL:
     library.segue_open.argtypes = (c_int64, c_int64)
     library.segue_open.restype = c_void_p
     library.segue_close.argtypes = (c_void_p,)
-    library.segue_linear.argtypes = (c_void_p, POINTER(_Linear), c_void_p, c_int64, c_void_p, c_int64)
-    heads = (c_void_p, POINTER(_Cache), c_int64, c_void_p, c_void_p, c_void_p, c_int64)
+    library.segue_linear.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64)
+    heads = (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64)
     library.segue_rotate_and_write.argtypes = heads
     library.segue_attend.argtypes = heads
     for function in (library.segue_close, library.segue_linear, library.segue_rotate_and_write, library.segue_attend):
@@ -142,9 +143,12 @@ class NativeKernels:
         self.cache = cache
         self._rotary = rotary
         self._cache = _describe_cache(config, cache, rotary)
+        self._cache_address = ctypes.addressof(self._cache)
         self._attended_width = config.num_heads * config.head_dim
-        # Results by (what, width): [rows, width] float32, of as many rows as were ever needed.
-        self._buffers: dict[tuple[object, int], torch.Tensor] = {}
+        # Results by (operation, width): [rows, width] float32, of as many rows as were ever needed; and views of their first
+        # rows with their addresses, which would cost more to make anew than the call that they are for.
+        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+        self._views: dict[tuple[str, int, int], tuple[torch.Tensor, int]] = {}
 
     def pack(self, linear: Linear, *, norm: torch.Tensor | None = None, gated: bool = False) -> NativeLinear:
         scales, sums = None, None
@@ -161,7 +165,7 @@ class NativeKernels:
             has_norm=norm is not None,
             norm_eps=self._config.rms_norm_eps,
         )
-        return NativeLinear(struct, linear.num_outputs, tensors)
+        return NativeLinear(struct, ctypes.addressof(struct), linear.num_outputs, tensors)
 
     def prepare(self, step: StepInputs) -> NativeStep:
         pieces = [
@@ -170,31 +174,38 @@ class NativeKernels:
         return NativeStep((_Piece * len(pieces))(*pieces), len(pieces))
 
     def linear(self, layer: NativeLinear, inputs: torch.Tensor, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
-        rows = len(inputs)
-        outputs = self._buffer(layer.num_outputs, rows, layer.num_outputs) if add_to is None else add_to
-        self._library.segue_linear(
-            self._context, byref(layer.struct), inputs.data_ptr(), rows, outputs.data_ptr(), add_to is not None
-        )
+        rows = inputs.shape[0]
+        if add_to is not None:
+            self._library.segue_linear(self._context, layer.address, inputs.data_ptr(), rows, add_to.data_ptr(), 1)
+            return add_to
+        outputs, address = self._result("linear", rows, layer.num_outputs)
+        self._library.segue_linear(self._context, layer.address, inputs.data_ptr(), rows, address, 0)
         return outputs
 
     def rotate_and_write(self, layer: int, heads: torch.Tensor, qk_norm: torch.Tensor | None, step: NativeStep) -> None:
         norm = None if qk_norm is None else qk_norm.data_ptr()
         self._library.segue_rotate_and_write(
-            self._context, byref(self._cache), layer, heads.data_ptr(), norm, step.pieces, step.num_pieces
+            self._context, self._cache_address, layer, heads.data_ptr(), norm, step.pieces, step.num_pieces
         )
 
     def attend(self, layer: int, heads: torch.Tensor, step: NativeStep) -> torch.Tensor:
-        outputs = self._buffer("attended", len(heads), self._attended_width)
+        outputs, address = self._result("attend", heads.shape[0], self._attended_width)
         self._library.segue_attend(
-            self._context, byref(self._cache), layer, heads.data_ptr(), outputs.data_ptr(), step.pieces, step.num_pieces
+            self._context, self._cache_address, layer, heads.data_ptr(), address, step.pieces, step.num_pieces
         )
         return outputs
 
-    def _buffer(self, what: object, rows: int, width: int) -> torch.Tensor:
-        buffer = self._buffers.get((what, width))
-        if buffer is None or len(buffer) < rows:
-            buffer = self._buffers[what, width] = torch.empty(rows, width)
-        return buffer[:rows]
+    def _result(self, operation: str, rows: int, width: int) -> tuple[torch.Tensor, int]:
+        """Memory for a result [rows, width] and its address: the same again for the same shape."""
+        key = (operation, rows, width)
+        if (view := self._views.get(key)) is None:
+            buffer = self._buffers.get((operation, width))
+            if buffer is None or len(buffer) < rows:
+                # Views of the smaller buffer would keep it alive.
+                self._views.clear()
+                buffer = self._buffers[operation, width] = torch.empty(rows, width)
+            view = self._views[key] = buffer[:rows], buffer.data_ptr()
+        return view
 
 
 def _describe_cache(config: ModelConfig, cache: KVCache, rotary: RotaryTable) -> _Cache:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from segue.config import ClusterSettings, RouterSettings, WorkerSettings, parse_bytes
+from segue.config import ClusterSettings, EngineSettings, RouterSettings, WorkerSettings, parse_bytes
 from segue.errors import ConfigError
 
 
@@ -53,7 +53,28 @@ def test_settings_reach_a_child_through_its_environment() -> None:
         model_dir=Path("/models/m"),
         model_name="m",
         threads=2,
+        keep_float=("head", "down"),
+        decode_quantization="int4",
     )
     assert WorkerSettings.load(env=worker.to_env()) == worker
     router = RouterSettings(cluster_id="c", redis="redis://r", model_dir=Path("/m"), model_name="m", http_port=0)
     assert RouterSettings.load(env=router.to_env()) == router
+
+
+def test_workers_that_only_decode_may_hold_their_weights_otherwise() -> None:
+    def own(roles: str, **settings: object) -> str:
+        fields = {"cluster_id": "c", "redis": "r", "worker_id": "w", "model_dir": Path("/m"), "model_name": "m"}
+        return WorkerSettings.load(flags=fields | {"roles": roles} | settings, env={}).own_quantization
+
+    assert [own(roles, quantization="int8") for roles in ("prefill", "decode", "prefill,decode")] == ["int8"] * 3
+    both = {"quantization": "int8", "decode_quantization": "int4"}
+    assert [own(roles, **both) for roles in ("prefill", "decode", "prefill,decode")] == ["int8", "int4", "int8"]
+    assert own("decode", quantization="int8", decode_quantization="none") == "none"
+
+
+def test_weights_name_what_makes_kv_differ() -> None:
+    assert EngineSettings().weights == "float32"
+    assert EngineSettings(keep_float=("head",)).weights == "float32"
+    assert EngineSettings(dtype="bfloat16", quantization="int8").weights == "bfloat16 int8/int8"
+    mixed = EngineSettings(quantization="int8", decode_quantization="int4", keep_float=("head", "down"))
+    assert mixed.weights == "float32 int8/int4 but down,head"
