@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from bench.engine_runs import BATCH_SIZES, CONTEXT_LENGTHS, PROMPT_LENGTHS, EngineBench, loaded
-from bench.floor import WEIGHT_BYTES, Rates, Work, measure_rates
+from bench.floor import HEAD_BYTES, WEIGHT_BYTES, Rates, Work, measure_rates
 from bench.machine import commit, machine_facts
 from bench.peers.catalog import find_peers
 from bench.peers.client import Peer, PeerCannot
@@ -156,7 +156,7 @@ async def run(
             torch.set_num_threads(engine.threads)
             bench = stack.enter_context(loaded(handle.path, config, handle.revision, engine))
             rates = measure_rates(weights, bench.engine.decoder.kernels)
-            work = Work(config, WEIGHT_BYTES[weights], DTYPE_BYTES[bench.engine.layout.dtype])
+            work = Work(config, WEIGHT_BYTES[weights], HEAD_BYTES[weights], DTYPE_BYTES[bench.engine.layout.dtype])
             floors[weights] = {case.metric: case.num_tokens / case.floor_s(work, rates) for case in cases}
             own.append(Contender(weights, partial(_engine_s, bench)))
             rows += [

@@ -45,7 +45,7 @@ def loaded(model_dir: Path, config: ModelConfig, revision: str, settings: Engine
         layout.num_blocks_for(max(PROMPT_LENGTHS)),
     )
     smoothing = {}
-    if settings.quantization == "int8":
+    if settings.quantization != "none":
         ensure_calibrated(model_dir, lambda _message, _share: None)
         smoothing = dict(load_calibration(model_dir))
     formats = WeightFormats(getattr(torch, settings.dtype), settings.quantization, frozenset(settings.keep_float), smoothing)

@@ -15,8 +15,9 @@ from engine.linear import FloatWeight, Linear, Weight
 from engine.quantization import quantize_int4, quantize_int8
 from segue.models.config import ModelConfig
 
-# Bytes that one weight takes: int4 with its group's scale and minimum.
+# Bytes that one weight takes: int4 with its group's scale and minimum; its output head is int8.
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
+HEAD_BYTES = WEIGHT_BYTES | {"int4": 1.0}
 _ROWS, _INPUTS, _OUTPUTS = 1024, 576, 3072
 
 
@@ -38,6 +39,7 @@ class Work:
 
     config: ModelConfig
     weight_bytes: float
+    head_bytes: float
     # Bytes of one number in the KV cache.
     kv_bytes: float
 
@@ -52,11 +54,16 @@ class Work:
     def head_weights(self) -> int:
         return self.config.hidden_size * self.config.vocab_size
 
+    @property
+    def bytes(self) -> float:
+        """Of all weights."""
+        return self.layer_weights * self.weight_bytes + self.head_weights * self.head_bytes
+
     def prefill_floor_s(self, num_tokens: int, rates: Rates) -> float:
         """One prompt and its first token. Attention is causal: half of all pairs."""
         products = 2 * num_tokens * self.layer_weights + 2 * self.head_weights
         attention = 2 * num_tokens * num_tokens * self.config.num_heads * self.config.head_dim * self.config.num_layers
-        num_bytes = (self.layer_weights + self.head_weights) * self.weight_bytes
+        num_bytes = self.bytes
         return max(products / rates.product_ops + attention / rates.float_ops, num_bytes / rates.bytes)
 
     def decode_floor_s(self, batch_size: int, context: int, rates: Rates) -> float:
@@ -66,7 +73,7 @@ class Work:
         attention = 4 * batch_size * context * config.num_heads * config.head_dim * config.num_layers
         kv = 2 * batch_size * context * config.num_kv_heads * config.head_dim * config.num_layers
         arithmetic = 2 * batch_size * weights / rates.product_ops + attention / rates.float_ops
-        return max(arithmetic, (weights * self.weight_bytes + kv * self.kv_bytes) / rates.bytes)
+        return max(arithmetic, (self.bytes + kv * self.kv_bytes) / rates.bytes)
 
 
 def measure_rates(weights: str, kernels: Kernels[Any, Any]) -> Rates:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from deploy.calibrated import ensure_ready
 from deploy.child import Child, FirstWord, log_tail
 from deploy.plan import plan_router, plan_workers
 from deploy.probe import until_ready
@@ -191,6 +192,7 @@ class LocalCluster:
             valkey = await self._stack.enter_async_context(embedded_valkey(self.logs / "valkey.log"))
             self.redis_url = valkey.url
         model = await in_daemon_thread(lambda: resolve(self._settings.model))
+        await in_daemon_thread(lambda: ensure_ready(model, self._settings, lambda _message, _share: None))
         self._stack.push_async_callback(self._stop_workers)
         for settings in self._plan_workers(model):
             await self._start_worker(settings)

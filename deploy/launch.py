@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from deploy.calibrated import ensure_ready
 from deploy.child import Child, log_tail
 from deploy.cluster import Cluster
 from deploy.driver_events import DriverEvents
@@ -126,6 +127,7 @@ class Launch:
 
         self._report(Stage("model", "running", self._settings.model))
         model = await in_daemon_thread(lambda: resolve(self._settings.model, progress))
+        await in_daemon_thread(lambda: ensure_ready(model, self._settings, progress))
         self._report(Stage("model", "done", f"{model.name} at {model.path}"))
         return model
 

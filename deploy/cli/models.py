@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,7 @@ def pull(
 
         with progress_shown() as progress:
             handle = pull_default(progress) if name == DEFAULT_MODEL else resolve(name, progress)
+            _calibrate(handle.path, progress)
         new_console().print(f"{handle.name} is ready in {handle.path}", markup=False)
 
 
@@ -48,6 +51,7 @@ def import_(
 
         with progress_shown() as progress:
             handle = import_model(source.expanduser(), name, progress)
+            _calibrate(handle.path, progress)
         new_console().print(f"stored as {handle.name}: segue up --model {handle.name}", markup=False)
 
 
@@ -69,3 +73,11 @@ def list_() -> None:
             new_console(stderr=True).print(f"damaged: {error.message}", style="red", markup=False)
         if not handles and not damaged:
             new_console(stderr=True).print(f"no model stored in {models_dir()}: run segue models pull", markup=False)
+
+
+def _calibrate(model_dir: Path, progress: Callable[[str, float], None]) -> None:
+    """Gets the model ready for int8 where the engine is installed; elsewhere `segue up` does it when it is needed."""
+    if find_spec("torch") is not None:
+        from engine.calibration import ensure_calibrated
+
+        ensure_calibrated(model_dir, progress)

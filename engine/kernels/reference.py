@@ -68,17 +68,22 @@ class TorchKernels:
         )
 
     def linear(self, layer: TorchLinear, inputs: torch.Tensor, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
-        if layer.norm is not None:
-            inputs = rms_norm(inputs, layer.norm, self._config.rms_norm_eps)
-        if layer.gated:
-            gate, value = inputs.chunk(2, dim=-1)
-            inputs = silu(gate).mul_(value)
+        entering = self.entering(layer, inputs)
         if layer.linear.input_scales is not None:
-            inputs = inputs * layer.linear.input_scales
-        outputs = product(layer.linear, inputs)
+            entering = entering * layer.linear.input_scales
+        outputs = product(layer.linear, entering)
         if layer.linear.bias is not None:
             outputs += layer.linear.bias
         return outputs if add_to is None else add_to.add_(outputs)
+
+    def entering(self, layer: TorchLinear, inputs: torch.Tensor) -> torch.Tensor:
+        """What is left of a layer's inputs after norm or gate: [tokens, inputs]."""
+        if layer.norm is not None:
+            return rms_norm(inputs, layer.norm, self._config.rms_norm_eps)
+        if layer.gated:
+            gate, value = inputs.chunk(2, dim=-1)
+            return silu(gate).mul_(value)
+        return inputs
 
     def rotate_and_write(self, layer: int, heads: torch.Tensor, qk_norm: torch.Tensor | None, step: TorchStep) -> None:
         config = self._config

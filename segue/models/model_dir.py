@@ -11,8 +11,11 @@ from segue.models.config import ModelConfig
 from segue.models.digest import file_digest
 from segue.models.json_fields import JsonFields
 from segue.models.safetensors_file import read_header
+from segue.paths import models_dir
 
 INDEX_NAME = "model.safetensors.index.json"
+# What engine/calibration.py has measured: made from the weights, and none of them.
+CALIBRATION_NAME = "segue_calibration.safetensors"
 _REVISION_HEX_DIGITS = 32
 
 
@@ -35,7 +38,7 @@ def weight_files(path: Path) -> Sequence[Path]:
     if index := _index(path):
         files = [path / name for name in sorted(set(index.values()))]
     else:
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(file for file in path.glob("*.safetensors") if file.name != CALIBRATION_NAME)
     if not files:
         raise ModelFileError(f"{path} holds no .safetensors file; other formats of weights are not supported")
     return files
@@ -47,6 +50,15 @@ def model_revision(path: Path) -> str:
     for file in [path / "config.json", *weight_files(path)]:
         digest.update(f"{file.name}\0{file_digest(file)}\0".encode())
     return digest.hexdigest()[:_REVISION_HEX_DIGITS]
+
+
+def calibration_file(path: Path, revision: str) -> Path:
+    """Where the calibration of the model in `path` is, or is to be put: beside a stored model; in the store, by the weights'
+    `revision`, for a directory of somebody else, which is only read."""
+    beside = path / CALIBRATION_NAME
+    if beside.exists() or path.resolve().parent == models_dir().resolve():
+        return beside
+    return models_dir() / ".calibration" / f"{revision}.safetensors"
 
 
 def _index(path: Path) -> dict[str, str]:

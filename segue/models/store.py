@@ -1,7 +1,8 @@
 """The model store: finds models by any of their names, and fetches or imports those that are not there yet.
 
 A stored model is a folder in Hugging Face layout below `segue.paths.models_dir()`. It appears there by one rename,
-complete, and is never changed afterwards. A lock for each name lets one process fetch it while others wait and then find it.
+complete, and is never changed afterwards; all that may join it is the file that engine/calibration.py makes from it. A lock for
+each name lets one process fetch it while others wait and then find it.
 """
 
 from __future__ import annotations

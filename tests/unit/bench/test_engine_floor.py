@@ -28,20 +28,23 @@ CONFIG = ModelConfig(
 
 
 def test_weights_are_those_of_smollm2() -> None:
-    work = Work(CONFIG, weight_bytes=4, kv_bytes=4)
+    work = Work(CONFIG, weight_bytes=4, head_bytes=4, kv_bytes=4)
     assert work.layer_weights == 30 * (576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536)
     assert work.layer_weights + work.head_weights == 134_479_872  # all of 134,515,008 but the norms
 
 
 def test_a_decode_step_reads_every_weight_once_and_every_context() -> None:
-    work, memory_bound = Work(CONFIG, weight_bytes=1, kv_bytes=2), Rates(product_ops=1e30, float_ops=1e30, bytes=1.0)
+    work, memory_bound = (
+        Work(CONFIG, weight_bytes=1, head_bytes=1, kv_bytes=2),
+        Rates(product_ops=1e30, float_ops=1e30, bytes=1.0),
+    )
     assert work.decode_floor_s(2, 10, memory_bound) == 134_479_872 + 2 * 2 * 2 * 10 * 3 * 64 * 30
     compute_bound = Rates(product_ops=2.0, float_ops=1.0, bytes=1e30)
     assert work.decode_floor_s(2, 10, compute_bound) == 2 * 134_479_872 + 4 * 2 * 10 * 9 * 64 * 30
 
 
 def test_prefill_computes_the_head_once_and_half_of_all_pairs() -> None:
-    work, rates = Work(CONFIG, weight_bytes=1, kv_bytes=4), Rates(product_ops=2.0, float_ops=1.0, bytes=1e30)
+    work, rates = Work(CONFIG, weight_bytes=1, head_bytes=1, kv_bytes=4), Rates(product_ops=2.0, float_ops=1.0, bytes=1e30)
     one, many = work.prefill_floor_s(1, rates), work.prefill_floor_s(101, rates)
     assert many - one == 100 * work.layer_weights + 2 * (101**2 - 1) * 9 * 64 * 30
     assert work.prefill_floor_s(1, Rates(1e30, 1e30, 1.0)) == 134_479_872
