@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from engine.kernels.arena import Arena
 from engine.kv_cache import KVCache
 from engine.linear import INT4_GROUP, FloatWeight, Int4Weight, Int8Weight, Linear, Weight
 from engine.rotary import RotaryTable
@@ -144,6 +145,7 @@ class NativeKernels:
         self._rotary = rotary
         self._cache = _describe_cache(config, cache, rotary)
         self._cache_address = ctypes.addressof(self._cache)
+        self._arena = Arena()
         self._attended_width = config.num_heads * config.head_dim
         # Results by (operation, width): [rows, width] float32, of as many rows as were ever needed; and views of their first
         # rows with their addresses, which would cost more to make anew than the call that they are for.
@@ -155,9 +157,10 @@ class NativeKernels:
         if isinstance(linear.weight, Int8Weight):
             scales, sums = linear.weight.scales, linear.weight.values.sum(1, dtype=torch.int32)
         input_scales = norm if linear.input_scales is None else linear.input_scales * (1 if norm is None else norm)
-        tensors = (_pack_weight(linear.weight), scales, sums, linear.bias, input_scales)
+        numbers = (_pack_weight(linear.weight), scales, sums, linear.bias, input_scales)
+        tensors = tuple(None if tensor is None else self._arena.place(tensor) for tensor in numbers)
         struct = _Linear(
-            *(None if tensor is None else tensor.contiguous().data_ptr() for tensor in tensors),
+            *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
             format=_format_of(linear.weight),
             num_inputs=linear.num_inputs,
             num_outputs=linear.num_outputs,

@@ -89,6 +89,9 @@ struct Block {
   int64_t value_stride;
   const float* key_scales;
   const float* value_scales;
+  // Slabs of the block after it, to be fetched while this one is used; null where that would not help.
+  const uint8_t* next_keys;
+  const uint8_t* next_values;
 };
 
 // What a task works in. Strides are multiples of kLanes.
@@ -153,6 +156,7 @@ inline void attend_block(const Cache& cache, const Tile& tile, int64_t row, cons
   const int64_t num_columns = round_up(positions, kLanes);
   const auto as_floats = [](const Number* p) { return load(p); };
   for (int64_t column = 0; column < num_columns; column += kLanes) {
+    if (block.next_keys) prefetch(block.next_keys + cache.slab_bytes * column / tile.key_stride, cache.slab_bytes * kLanes / tile.key_stride);
     Floats scores[R];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) scores[r] = broadcast(0.0f);
@@ -185,6 +189,9 @@ inline void attend_block(const Cache& cache, const Tile& tile, int64_t row, cons
   }
   for (int64_t column = 0; column < tile.value_stride; column += kLanes) {
     float* outputs = tile.outputs + row * tile.value_stride + column;
+    if (block.next_values) {
+      prefetch(block.next_values + cache.slab_bytes * column / tile.value_stride, cache.slab_bytes * kLanes / tile.value_stride);
+    }
     Floats sums[R];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) sums[r] = load(outputs + r * tile.value_stride) * broadcast(factors[r]);
@@ -234,13 +241,19 @@ inline void attend_blocks(const Cache& cache, int64_t layer, const Task& task, c
     constexpr bool has_scales = std::is_same_v<Number, int8_t>;
     const float* key_scales = has_scales ? reinterpret_cast<const float*>(keys + num_numbers) : nullptr;
     const float* value_scales = has_scales ? reinterpret_cast<const float*>(values + num_numbers) : nullptr;
+    const uint8_t *next_keys = nullptr, *next_values = nullptr;
+    if (is_few_rows && start + cache.block_size < end) {
+      const int32_t next = task.piece->blocks[start / cache.block_size + 1];
+      next_keys = slab_of(cache, layer, next, false, task.kv_head);
+      next_values = slab_of(cache, layer, next, true, task.kv_head);
+    }
     if (is_read_in_place) {
-      const Block<Number> block = {keys, values, cache.block_size, cache.head_dim, key_scales, value_scales};
+      const Block<Number> block = {keys, values, cache.block_size, cache.head_dim, key_scales, value_scales, next_keys, next_values};
       attend_rows(cache, tile, task, block, start, filled);
     } else {
       expand(keys, cache.head_dim, cache.block_size, tile.keys, tile.key_stride);
       expand(values, filled, cache.head_dim, tile.values, tile.value_stride);
-      const Block<float> block = {tile.keys, tile.values, tile.key_stride, tile.value_stride, key_scales, value_scales};
+      const Block<float> block = {tile.keys, tile.values, tile.key_stride, tile.value_stride, key_scales, value_scales, next_keys, next_values};
       attend_rows(cache, tile, task, block, start, filled);
     }
   }

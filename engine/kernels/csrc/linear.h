@@ -122,8 +122,9 @@ template <int R>
 inline void add_int8_tile(Ints (&sums)[R], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads) {
   for (int64_t quad = 0; quad < num_quads; ++quad) {
     const Quads w = load_quads(weights + quad * 4 * kLanes);
+    prefetch(weights + quad * 4 * kLanes + kAhead);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) sums[r] = add_products(sums[r], w, a + r * stride + quad * 4);
+    for (int r = 0; r < R; ++r) add_products(sums[r], w, a + r * stride + quad * 4);
   }
 }
 #else
@@ -131,12 +132,13 @@ template <int R>
 inline void add_int8_tile(Ints (&sums)[R], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads) {
   for (int64_t quad = 0; quad < num_quads; ++quad) {
     const Pairs even = even_pairs(weights + quad * 4 * kLanes);
+    prefetch(weights + quad * 4 * kLanes + kAhead);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) sums[r] = add_products(sums[r], even, a + r * stride + quad * 4);
+    for (int r = 0; r < R; ++r) add_products(sums[r], even, a + r * stride + quad * 4);
     keep_order();
     const Pairs odd = odd_pairs(weights + quad * 4 * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) sums[r] = add_products(sums[r], odd, a + r * stride + quad * 4 + 2);
+    for (int r = 0; r < R; ++r) add_products(sums[r], odd, a + r * stride + quad * 4 + 2);
   }
 }
 
@@ -146,7 +148,7 @@ inline void add_int8_tile(Ints (&sums)[R], const Activation* a, int64_t stride, 
   for (int64_t pair = 0; pair < 2 * num_quads; ++pair) {
     const Pairs w = load_pairs(weights + pair * 2 * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) sums[r] = add_products(sums[r], w, a + r * stride + pair * 2);
+    for (int r = 0; r < R; ++r) add_products(sums[r], w, a + r * stride + pair * 2);
   }
 }
 
@@ -205,15 +207,16 @@ template <int R>
 inline void add_int4_group(Floats (&sums)[R], const uint8_t* group, const int8_t* a, int64_t stride, const float* scales, const float* totals, int64_t num_groups) {
   const auto* halves = reinterpret_cast<const uint16_t*>(group);
   const uint8_t* nibbles = group + 2 * kLanes * sizeof(uint16_t);
+  prefetch(group + kAhead, kInt4GroupBytes);
   GroupSums products[R] = {};
 #pragma GCC unroll 4
   for (int octet = 0; octet < kGroup / 8; ++octet) {
     const Nibbles low = low_nibbles(nibbles + octet * 4 * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) products[r] = add_products(products[r], low, a + r * stride + octet * 8);
+    for (int r = 0; r < R; ++r) add_products(products[r], low, a + r * stride + octet * 8);
     const Nibbles high = high_nibbles(nibbles + octet * 4 * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) products[r] = add_products(products[r], high, a + r * stride + octet * 8 + 4);
+    for (int r = 0; r < R; ++r) add_products(products[r], high, a + r * stride + octet * 8 + 4);
   }
   const Floats weight_scales = load_float16(halves), minimums = load_float16(halves + kLanes);
 #pragma GCC unroll 12

@@ -36,6 +36,15 @@ inline void store_some(float* p, Floats x, int64_t count) {
 // The compiler moves nothing across: fewer values wait in registers at a time.
 inline void keep_order() { asm volatile("" ::: "memory"); }
 
+// Weights and KV come from memory, once a step: each line is asked for this many bytes before it is needed. Reading on alone, the
+// processor's own prefetching stops at each page.
+constexpr int64_t kAhead = 1536;
+constexpr int64_t kLine = 64;
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch(const void* p, int64_t num_bytes) {
+  for (int64_t offset = 0; offset < num_bytes; offset += kLine) prefetch(static_cast<const char*>(p) + offset);
+}
+
 inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 inline int64_t round_up(int64_t x, int64_t y) { return divide_up(x, y) * y; }
 

@@ -73,6 +73,16 @@ inline void store_int8(int8_t* p, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
 
+// sum + x, in the register of sum. Written in C++ the compiler (GCC 12) copies each sum once more for every product.
+inline __m256i plus_int32(__m256i sum, __m256i x) {
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
+  return sum;
+}
+inline __m256i plus_int16(__m256i sum, __m256i x) {
+  asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
+  return sum;
+}
+
 // int8 products without VNNI: weights and activations are widened to 16 bits and multiplied in pairs. Of four inputs 0 1 2 3 the even
 // ones (0, 2) make one pair and the odd ones the other, since that is how bytes are widened with two shifts.
 using Activation = int16_t;
@@ -92,11 +102,12 @@ inline Pairs even_pairs(const int8_t* p) {
   return {_mm256_srai_epi16(_mm256_slli_epi16(load_bytes(p), 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(load_bytes(p + 32), 8), 8)};
 }
 inline Pairs odd_pairs(const int8_t* p) { return {_mm256_srai_epi16(load_bytes(p), 8), _mm256_srai_epi16(load_bytes(p + 32), 8)}; }
-inline Ints add_products(Ints sum, Pairs w, const Activation* pair) {
+inline void add_products(Ints& sum, Pairs w, const Activation* pair) {
   int32_t both;
   std::memcpy(&both, pair, 4);
   const __m256i x = _mm256_set1_epi32(both);
-  return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(w.a, x)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(w.b, x))};
+  sum.a = plus_int32(sum.a, _mm256_madd_epi16(w.a, x));
+  sum.b = plus_int32(sum.b, _mm256_madd_epi16(w.b, x));
 }
 
 // int4 products: within a group, eight times two products of at most 15 * 127 fit 16 bits.
@@ -110,11 +121,12 @@ inline Nibbles high_nibbles(const uint8_t* p) {
   return {_mm256_and_si256(_mm256_srli_epi16(load_bytes(p), 4), mask), _mm256_and_si256(_mm256_srli_epi16(load_bytes(p + 32), 4), mask)};
 }
 using GroupSums = Ints;
-inline GroupSums add_products(GroupSums sum, Nibbles w, const int8_t* four) {
+inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
   int32_t all;
   std::memcpy(&all, four, 4);
   const __m256i x = _mm256_set1_epi32(all);
-  return {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x))};
+  sum.a = plus_int16(sum.a, _mm256_maddubs_epi16(w.a, x));
+  sum.b = plus_int16(sum.b, _mm256_maddubs_epi16(w.b, x));
 }
 inline Floats to_floats_of_group(GroupSums x) {
   const __m256i one = _mm256_set1_epi16(1);

@@ -68,10 +68,10 @@ inline void store_activations(Activation* p, Ints x) {
 }
 struct Quads { __m512i v; };
 inline Quads load_quads(const int8_t* p) { return {load_line(p)}; }
-inline Ints add_products(Ints sum, Quads w, const Activation* four) {
+inline void add_products(Ints& sum, Quads w, const Activation* four) {
   int32_t all;
   std::memcpy(&all, four, 4);
-  return {_mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(all), w.v)};
+  sum.v = _mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(all), w.v);
 }
 #else
 // int8 products without VNNI: widened to 16 bits and multiplied in pairs; see vector_avx2.h.
@@ -85,10 +85,10 @@ inline Pairs load_pairs(const int16_t* p) { return {load_line(p)}; }
 inline void store_pairs(int16_t* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
 inline Pairs even_pairs(const int8_t* p) { return {_mm512_srai_epi16(_mm512_slli_epi16(load_line(p), 8), 8)}; }
 inline Pairs odd_pairs(const int8_t* p) { return {_mm512_srai_epi16(load_line(p), 8)}; }
-inline Ints add_products(Ints sum, Pairs w, const Activation* pair) {
+inline void add_products(Ints& sum, Pairs w, const Activation* pair) {
   int32_t both;
   std::memcpy(&both, pair, 4);
-  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(w.v, _mm512_set1_epi32(both)))};
+  sum.v = _mm512_add_epi32(sum.v, _mm512_madd_epi16(w.v, _mm512_set1_epi32(both)));
 }
 #endif
 
@@ -99,13 +99,13 @@ inline Nibbles low_nibbles(const uint8_t* p) { return {_mm512_and_si512(load_lin
 inline Nibbles high_nibbles(const uint8_t* p) {
   return {_mm512_and_si512(_mm512_srli_epi16(load_line(p), 4), _mm512_set1_epi8(15))};
 }
-inline GroupSums add_products(GroupSums sum, Nibbles w, const int8_t* four) {
+inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
   int32_t all;
   std::memcpy(&all, four, 4);
 #if SEGUE_VNNI
-  return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(all))};
+  sum.v = _mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(all));
 #else
-  return {_mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, _mm512_set1_epi32(all)))};
+  sum.v = _mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, _mm512_set1_epi32(all)));
 #endif
 }
 inline Floats to_floats_of_group(GroupSums x) {

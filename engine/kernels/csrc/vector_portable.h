@@ -105,8 +105,8 @@ inline Pairs every_second(const Byte* p, int shift, int mask) {
 }
 inline Pairs even_pairs(const int8_t* p) { return every_second(p, 0, -1); }
 inline Pairs odd_pairs(const int8_t* p) { return every_second(p + 1, 0, -1); }
-inline Ints add_products(Ints sum, Pairs w, const Activation* pair) {
-  return each_lane<Ints>([&](int i) { return sum.v[i] + w.v[2 * i] * pair[0] + w.v[2 * i + 1] * pair[1]; });
+inline void add_products(Ints& sum, Pairs w, const Activation* pair) {
+  for (int i = 0; i < kLanes; ++i) sum.v[i] += w.v[2 * i] * pair[0] + w.v[2 * i + 1] * pair[1];
 }
 
 struct Nibbles { uint8_t v[4 * kLanes]; };  // 16 outputs x 4 inputs
@@ -121,11 +121,9 @@ inline Nibbles high_nibbles(const uint8_t* p) {
   for (int i = 0; i < 4 * kLanes; ++i) x.v[i] = p[i] >> 4;
   return x;
 }
-inline GroupSums add_products(GroupSums sum, Nibbles w, const int8_t* four) {
-  return each_lane<Ints>([&](int i) {
-    int32_t added = sum.v[i];
-    for (int j = 0; j < 4; ++j) added += w.v[4 * i + j] * four[j];
-    return added;
-  });
+inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < 4; ++j) sum.v[i] += w.v[4 * i + j] * four[j];
+  }
 }
 inline Floats to_floats_of_group(GroupSums x) { return to_floats(x); }
