@@ -132,43 +132,64 @@ def make_rows(
                 yield median_row(f"{case.metric}_{name}", "tok/s", values)
 
 
+@dataclass(slots=True)
+class Ground:
+    """What the contenders of a run have in common, and what is found out about them on the way."""
+
+    handle: ModelHandle
+    config: ModelConfig
+    cases: list[Case]
+    facts: dict[str, object]
+    # What the machine reaches, by metric.
+    rates: dict[str, Row] = field(default_factory=dict)
+    # Tokens per second at the floor, by format and metric.
+    floors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
 async def run(
     handle: ModelHandle, settings: Mapping[str, EngineSettings], peer_names: list[str] | None, repeats: int, console: Console
 ) -> Report:
     """`settings` by format, the main one first. `peer_names`: those to measure, all that are found if empty, none if None."""
-    config = ModelConfig.from_dir(handle.path)
-    cases = all_cases()
-    facts: dict[str, object] = {**machine_facts(), "model": handle.name}
-    rows: list[Row] = []
-    own: list[Contender] = []
-    floors: dict[str, dict[str, float]] = {}
+    ground = Ground(handle, ModelConfig.from_dir(handle.path), all_cases(), {**machine_facts(), "model": handle.name})
     with ExitStack() as stack:
-        core = min(os.sched_getaffinity(0))
-        specs = [] if peer_names is None else [spec for spec in find_peers() if not peer_names or spec.name in peer_names]
-        peers: list[Contender] = []
-        for spec in specs:
+        peers = [] if peer_names is None else start_peers(stack, ground, peer_names, console)
+        own = [load_engine(stack, ground, weights, engine) for weights, engine in settings.items()]
+        with console.status("") as state:
+            await measure(own + peers, ground.cases, repeats, state.update)
+    rows = [*make_rows(ground.cases, own, peers, ground.floors), *ground.rates.values()]
+    return Report(ground.facts, commit(), rows)
+
+
+def start_peers(stack: ExitStack, ground: Ground, names: list[str], console: Console) -> list[Contender]:
+    """The peers that are found, pinned to one core; and this process to the same one."""
+    core = min(os.sched_getaffinity(0))
+    peers = []
+    for spec in find_peers():
+        if not names or spec.name in names:
             with console.status(f"starting {spec.name}"):
                 peer = stack.enter_context(Peer(spec, core))
-            facts[spec.name] = peer.facts.get("version", "?")
+            ground.facts[spec.name] = peer.facts.get("version", "?")
             peers.append(Contender(spec.name, partial(_peer_s, peer)))
-        os.sched_setaffinity(0, {core} if peers else os.sched_getaffinity(0))
-        for weights, engine in settings.items():
-            torch.set_num_threads(engine.threads)
-            bench = stack.enter_context(loaded(handle.path, config, handle.revision, engine))
-            rates = measure_rates(weights, bench.engine.decoder.kernels)
-            work = Work(config, WEIGHT_BYTES[weights], HEAD_BYTES[weights], DTYPE_BYTES[bench.engine.layout.dtype])
-            floors[weights] = {case.metric: case.num_tokens / case.floor_s(work, rates) for case in cases}
-            own.append(Contender(weights, partial(_engine_s, bench)))
-            rows += [
-                Row(f"product_{weights}_gop_s", rates.product_ops / 1e9, "GOP/s"),
-                Row("product_float32_gop_s", rates.float_ops / 1e9, "GOP/s"),
-                Row("memory_read_gb_s", rates.bytes / 1e9, "GB/s"),
-            ]
-            facts |= {"kernels": bench.engine.decoder.kernels.name, "threads": engine.threads}
-        with console.status("") as state:
-            await measure(own + peers, cases, repeats, state.update)
-    unique = {row.metric: row for row in rows}
-    return Report(facts, commit(), [*make_rows(cases, own, peers, floors), *unique.values()])
+    os.sched_setaffinity(0, {core})
+    return peers
+
+
+def load_engine(stack: ExitStack, ground: Ground, weights: str, settings: EngineSettings) -> Contender:
+    torch.set_num_threads(settings.threads)
+    bench = stack.enter_context(loaded(ground.handle.path, ground.config, ground.handle.revision, settings))
+    kernels = bench.engine.decoder.kernels
+    rates = measure_rates(weights, kernels)
+    kv_bytes = DTYPE_BYTES[bench.engine.layout.dtype]
+    work = Work(ground.config, WEIGHT_BYTES[weights], HEAD_BYTES[weights], kv_bytes)
+    ground.floors[weights] = {case.metric: case.num_tokens / case.floor_s(work, rates) for case in ground.cases}
+    for row in (
+        Row(f"product_{weights}_gop_s", rates.product_ops / 1e9, "GOP/s"),
+        Row("product_float32_gop_s", rates.float_ops / 1e9, "GOP/s"),
+        Row("memory_read_gb_s", rates.bytes / 1e9, "GB/s"),
+    ):
+        ground.rates.setdefault(row.metric, row)
+    ground.facts |= {"kernels": kernels.name, "threads": settings.threads}
+    return Contender(weights, partial(_engine_s, bench))
 
 
 async def _engine_s(bench: EngineBench, case: Case) -> float:

@@ -14,8 +14,8 @@ from segue.models.safetensors_file import read_header
 from segue.paths import models_dir
 
 INDEX_NAME = "model.safetensors.index.json"
-# What engine/calibration.py has measured: made from the weights, and none of them.
-CALIBRATION_NAME = "segue_calibration.safetensors"
+# What engine/calibration.py has measured, in the safetensors format. Other engines take every *.safetensors for weights.
+CALIBRATION_NAME = "segue_calibration.st"
 _REVISION_HEX_DIGITS = 32
 
 
@@ -38,7 +38,7 @@ def weight_files(path: Path) -> Sequence[Path]:
     if index := _index(path):
         files = [path / name for name in sorted(set(index.values()))]
     else:
-        files = sorted(file for file in path.glob("*.safetensors") if file.name != CALIBRATION_NAME)
+        files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ModelFileError(f"{path} holds no .safetensors file; other formats of weights are not supported")
     return files

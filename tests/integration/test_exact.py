@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deploy.valkey import Valkey
+from engine.calibration import ensure_calibrated
 from segue import AsyncClient, GenerateOptions
 from tests.support.cluster import in_process_cluster
 
@@ -90,6 +91,36 @@ async def test_the_same_tokens_every_way(
         if not colocated:
             assert again.path.decode_cached_tokens == 148
             assert again.path.transferred_bytes == cluster.workers[0].engine.layout.block_bytes, "one block of 38 travels"
+
+
+@pytest.fixture
+def calibrated(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model, ready for int8 in a store of the test's own."""
+    monkeypatch.setenv("SEGUE_HOME", str(tmp_path))
+    ensure_calibrated(tiny_model_dir, lambda _message, _share: None)
+    return tiny_model_dir
+
+
+@pytest.mark.parametrize(
+    "formats", [{"quantization": "int8"}, {"quantization": "int8", "kv_dtype": "int8"}, {"quantization": "int4"}]
+)
+async def test_quantized_tokens_are_the_same_every_way(valkey: Valkey, calibrated: Path, formats: dict[str, str]) -> None:
+    async with in_process_cluster(valkey.url, calibrated, colocated=True, **formats) as cluster:
+        greedy = await answers(cluster.client, GREEDY, together=False)
+        seeded = await answers(cluster.client, SEEDED, together=False)
+    async with in_process_cluster(valkey.url, calibrated, **formats) as cluster:
+        assert await answers(cluster.client, GREEDY, together=True) == greedy
+        assert await answers(cluster.client, SEEDED, together=True) == seeded
+
+
+async def test_each_phase_may_hold_its_weights_in_a_format_of_its_own(valkey: Valkey, calibrated: Path) -> None:
+    async with in_process_cluster(valkey.url, calibrated, quantization="int8") as cluster:
+        int8 = await answers(cluster.client, GREEDY, together=True)
+    async with in_process_cluster(valkey.url, calibrated, quantization="int8", decode_quantization="int4") as cluster:
+        mixed = await answers(cluster.client, GREEDY, together=True)
+    # Prefill samples the first token of each; decode goes on in its own format, over KV that prefill computed.
+    assert [tokens[0] for tokens in mixed] == [tokens[0] for tokens in int8]
+    assert mixed != int8
 
 
 async def test_two_workers_of_each_role(valkey: Valkey, tiny_model_dir: Path, reference_tokens: list[tuple[int, ...]]) -> None:
