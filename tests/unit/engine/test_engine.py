@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+from dataclasses import replace
 from mmap import mmap
 
 import pytest
@@ -153,6 +154,10 @@ async def test_a_closed_engine_lets_go_of_its_memory(checkpoint):
 
 def test_memory_and_options_that_do_not_fit_are_refused(checkpoint):
     model = checkpoint("llama")
+    # With heads of 48 / 6 elements every block holds whole words; with 6 not.
+    assert kv_layout(model.config, EngineSettings(block_size=1, kv_dtype="int8"), "test").slab_bytes == 12
+    with pytest.raises(ConfigError, match="block_size"):
+        kv_layout(replace(model.config, head_dim=6), EngineSettings(block_size=1, kv_dtype="int8"), "test")
     layout = kv_layout(model.config, EngineSettings(block_size=4), "test")
     buffer = bytearray(4 * layout.block_bytes)
     with pytest.raises(InternalError, match="5 KV blocks need"):
