@@ -70,7 +70,17 @@ class Case:
         return await asyncio.to_thread(ask)
 
 
-def all_cases() -> list[Case]:
+def make_cases(beginnings: list[str]) -> list[Case]:
+    """Those whose metrics begin with one of `beginnings`; all if there are none. Raises ConfigError when nothing is left."""
+    cases = [case for case in _all_cases() if not beginnings or case.metric.startswith(tuple(beginnings))]
+    if not cases:
+        raise ConfigError(
+            f"cases: no metric begins with {' or '.join(beginnings)}; there are prefill_1024, decode_b16_ctx256, ..."
+        )
+    return cases
+
+
+def _all_cases() -> list[Case]:
     prefill = [Case(f"prefill_{length}_tok_s", 0, length) for length in PROMPT_LENGTHS]
     return prefill + [
         Case(f"decode_b{batch}_ctx{context}_tok_s", batch, context) for batch in BATCH_SIZES for context in CONTEXT_LENGTHS
@@ -147,10 +157,15 @@ class Ground:
 
 
 async def run(
-    handle: ModelHandle, settings: Mapping[str, EngineSettings], peer_names: list[str] | None, repeats: int, console: Console
+    handle: ModelHandle,
+    cases: list[Case],
+    settings: Mapping[str, EngineSettings],
+    peer_names: list[str] | None,
+    repeats: int,
+    console: Console,
 ) -> Report:
     """`settings` by format, the main one first. `peer_names`: those to measure, all that are found if empty, none if None."""
-    ground = Ground(handle, ModelConfig.from_dir(handle.path), all_cases(), {**machine_facts(), "model": handle.name})
+    ground = Ground(handle, ModelConfig.from_dir(handle.path), cases, {**machine_facts(), "model": handle.name})
     with ExitStack() as stack:
         peers = [] if peer_names is None else start_peers(stack, ground, peer_names, console)
         own = [load_engine(stack, ground, weights, engine) for weights, engine in settings.items()]
@@ -217,15 +232,16 @@ def main(
     model: Annotated[str, typer.Option(help="What `segue up --model` takes.")] = DEFAULT_MODEL,
     peers: Annotated[bool, typer.Option("--peers", help="Measure vLLM and llama.cpp as well, all on one core.")] = False,
     only_peers: Annotated[str, typer.Option(help="Of the peers only these, by commas, such as vllm_w8a8,llama_cpp_q4_0.")] = "",
+    cases: Annotated[str, typer.Option(help="Only metrics that begin so, by commas, such as prefill_1024,decode_b1.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there as well.")] = None,
 ) -> None:
     """Measure the engine alone: prefill and decode against the floor of this machine. About two minutes for each repeat."""
     console = Console(highlight=False, soft_wrap=True)
-    peer_names = [name for name in only_peers.split(",") if name]
+    peer_names, beginnings = ([name for name in names.split(",") if name] for names in (only_peers, cases))
     try:
         settings = {name: engine_settings(name, threads, kv_dtype) for name in formats.split(",")}
         handle = resolve(model)
-        report = asyncio.run(run(handle, settings, peer_names if peers else None, repeats, console))
+        report = asyncio.run(run(handle, make_cases(beginnings), settings, peer_names if peers else None, repeats, console))
         starts = asyncio.run(start_rows(handle, next(iter(settings.values()))))
     except SegueError as error:
         console.print(f"error: {error.message}", style="red", markup=False)

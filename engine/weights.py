@@ -1,8 +1,7 @@
 """A model's weights, read from safetensors and put into the formats that a worker computes in: q, k, v in one matrix, gate and
 up in another.
 
-Matrices are [outputs, inputs]. What need not be joined or converted stays a view of the mapped file, which workers on one
-host share.
+Matrices are [outputs, inputs]. What need not be joined or converted is a view of the mapped file until a backend packs it.
 """
 
 from __future__ import annotations
@@ -82,7 +81,9 @@ def load_weights(model_dir: Path, config: ModelConfig, formats: WeightFormats) -
     final_norm = reader.norm("model.norm.weight", config.hidden_size)
     head = embedding if config.tie_embeddings else reader.take("lm_head.weight", config.vocab_size, config.hidden_size)
     reader.require_all_used()
-    return ModelWeights(embedding.to(formats.dtype), formats.convert("head", head, None), final_norm, layers)
+    # A copy: backends pack everything else, and a single view left would keep the whole mapped file resident.
+    table = embedding.to(formats.dtype, copy=True)
+    return ModelWeights(table, formats.convert("head", head, None), final_norm, layers)
 
 
 # Written by some exporters: derived from the configuration, or a second copy of a tied matrix.

@@ -1,8 +1,11 @@
 """The table of bench.engine: its floors, counted by hand for the default model's shape, and its ratios."""
 
-from bench.engine import Case, Contender, make_rows, measure
+import pytest
+
+from bench.engine import Case, Contender, make_cases, make_rows, measure
 from bench.floor import Rates, Work
 from bench.peers.client import PeerCannot
+from segue.errors import ConfigError
 from segue.models.config import ModelConfig, RopeConfig
 
 CONFIG = ModelConfig(
@@ -64,6 +67,17 @@ def test_ratios_are_to_the_fastest_format_of_each_peer() -> None:
     assert first.ratio_to == {"floor": 0.5, "vllm_f32": 4.0, "vllm_w8a8": 2.0, "vllm_best": 2.0}
     assert (second.metric, second.ratio_to["floor"]) == (f"{case.metric}_int4", 0.5)
     assert [(row.metric, row.value) for row in others] == [(f"{case.metric}_vllm_f32", 5.0), (f"{case.metric}_vllm_w8a8", 10.0)]
+
+
+def test_cases_are_chosen_by_how_their_metrics_begin() -> None:
+    assert len(make_cases([])) == 3 + 4 * 3
+    chosen = make_cases(["prefill_1024", "decode_b1_"])
+    assert [case.metric.removesuffix("_tok_s") for case in chosen] == [
+        "prefill_1024",
+        *("decode_b1_ctx64", "decode_b1_ctx256", "decode_b1_ctx1024"),
+    ]
+    with pytest.raises(ConfigError, match="cases"):
+        make_cases(["decode_b5"])
 
 
 async def test_contenders_take_turns_and_what_a_peer_cannot_do_is_left_out() -> None:
