@@ -118,7 +118,7 @@ def test_linear_layers_have_the_same_bits_everywhere(weights, library):
 def test_no_sum_of_products_overflows(library):
     """The largest numbers there are, all of one sign."""
     linear = Linear(quantize_int8(torch.ones(16, 1536))[0])
-    grid = torch.tensor([0.0, 15.0]).repeat_interleave(1).repeat(16, 768)
+    grid = torch.tensor([0.0, 15.0]).repeat(16, 768)
     for name in SETS:
         native = Bed().native(library, name)
         assert torch.equal(native.linear(native.pack(linear), torch.full((1, 1536), -3.0)), torch.full((1, 16), -3.0 * 1536))
@@ -129,7 +129,6 @@ def test_no_sum_of_products_overflows(library):
 def run_attention(bed: Bed, kernels: Kernels[Any, Any], pieces: list[Piece], qk_norm: torch.Tensor | None) -> torch.Tensor:
     """Rotated heads and attention's outputs, side by side: one row for each token of the pieces."""
     width = (bed.config.num_heads + 2 * bed.config.num_kv_heads) * bed.config.head_dim
-    rows = []
     generator = torch.Generator().manual_seed(5)
     contexts = [torch.randn(piece.end, width, generator=generator) for piece in pieces]
     for piece, context in zip(pieces, contexts, strict=True):
@@ -139,8 +138,7 @@ def run_attention(bed: Bed, kernels: Kernels[Any, Any], pieces: list[Piece], qk_
     heads = torch.cat([context[piece.start :] for piece, context in zip(pieces, contexts, strict=True)])
     step = kernels.prepare(inputs_of(pieces))
     kernels.rotate_and_write(1, heads, qk_norm, step)
-    rows = [heads, kernels.attend(1, heads, step)]
-    return torch.cat(rows, -1)
+    return torch.cat([heads, kernels.attend(1, heads, step)], -1)
 
 
 def inputs_of(pieces: list[Piece]) -> StepInputs:
