@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
-from kv_transfer.incoming import Incoming
+from kv_transfer.handover import Reservation
 from segue.errors import SegueError
 from segue.runtime import event_that_is_set
 from segue.v1 import worker_pb2 as pb
@@ -20,11 +20,13 @@ class DecodeJob:
     sequence: Sequence
     # The KV is computed in this very process: blocks change hands, nothing is reserved or moved.
     is_local: bool
+    # Tensor-parallel ranks of the worker that computes it.
+    num_prefill_ranks: int
     # Hashes of the sequence's full blocks, as far as they are known; grows as tokens are decoded.
     block_hashes: list[bytes]
     num_published_blocks: int = 0
-    # The ticket; must be fenced before the blocks are given back.
-    incoming: Incoming | None = None
+    # The tickets; must be fenced before the blocks are given back.
+    reservation: Reservation | None = None
     # Done when memory was leased (at once, if local).
     admitted: asyncio.Future[None] = field(default_factory=asyncio.Future)
     # Done when the last token is out; holds the error if there was one.

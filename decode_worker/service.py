@@ -18,7 +18,8 @@ from decode_worker.job import DecodeJob
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step import Chunk
-from kv_transfer.receiver import Arrival, Incoming, KVReceiver
+from kv_transfer.handover import Reservation
+from kv_transfer.receiver import Arrival, KVReceiver
 from segue.errors import InternalError, InvalidRequest, SegueError, TransferError
 from segue.jobs import JobTable
 from segue.prefix import block_hashes
@@ -98,6 +99,7 @@ class DecodeService:
             link=link,
             sequence=Sequence(message.key.sequence_id, token_ids, sampling),
             is_local=message.prefill_worker_id == self._worker_id,
+            num_prefill_ranks=message.num_prefill_ranks,
             block_hashes=block_hashes(token_ids, self._engine.layout.block_size),
         )
         if self._jobs.start(job, self._serve(job), self._release):
@@ -107,11 +109,11 @@ class DecodeService:
     async def _serve(self, job: DecodeJob) -> None:
         try:
             await job.admitted
-            incoming = job.incoming = self._expect(job)
-            job.link.send(pb.LinkResponse(decode_reserved=pb.DecodeReserved(key=job.key, ticket=incoming.ticket)))
-            arrival = await incoming.arrival()
+            reservation = job.reservation = self._reserve(job)
+            job.link.send(pb.LinkResponse(decode_reserved=pb.DecodeReserved(key=job.key, tickets=reservation.tickets)))
+            arrival = await reservation.arrival()
             cached_tokens = self._take_over(job, arrival)
-            incoming.accept()
+            reservation.accept()
             job.link.send(
                 pb.LinkResponse(
                     decode_started=pb.DecodeStarted(
@@ -127,12 +129,13 @@ class DecodeService:
             self._num_failed_transfers += isinstance(error, TransferError)
             job.link.send_failed(job.key, error)
 
-    def _expect(self, job: DecodeJob) -> Incoming:
+    def _reserve(self, job: DecodeJob) -> Reservation:
         if job.is_local:
-            return self._receiver.expect_local()
+            return Reservation.local(self._receiver)
         lease = job.sequence.lease
         assert lease is not None
-        return self._receiver.expect(lease.num_cached, lease.block_ids[lease.num_cached :])
+        blocks = lease.block_ids[lease.num_cached :]
+        return Reservation.of(self._receiver, lease.num_cached, blocks, job.num_prefill_ranks)
 
     def _take_over(self, job: DecodeJob, arrival: Arrival) -> int:
         """The prompt's KV is here: the sequence joins the batch. Gives the number of prompt tokens that were cached here."""
@@ -157,8 +160,8 @@ class DecodeService:
             self._waiting.remove(job)
         self._batch.remove(job)
         await job.idle.wait()
-        if job.incoming is not None:
-            await job.incoming.fence()
+        if job.reservation is not None:
+            await job.reservation.fence()
         if job.sequence.lease is not None:
             self._engine.pool.release(job.sequence.lease)
         self._wakeups.notify()

@@ -76,7 +76,7 @@ def _load(settings: WorkerSettings) -> tuple[Engine, KVMemory]:
     if settings.device != "cpu" and set(settings.roles) != {"prefill", "decode"}:
         raise ConfigError("device: KV cannot be handed over from a GPU's memory yet; run cuda workers with --colocated")
     config = ModelConfig.from_dir(settings.model_dir)
-    layout = kv_layout(config, settings, model_revision(settings.model_dir))
+    layout = kv_layout(config, settings.own_kv, model_revision(settings.model_dir))
     num_blocks = settings.kv_memory // layout.block_bytes
     if num_blocks < 2:
         raise ConfigError(
@@ -123,7 +123,14 @@ class Worker:
         async with AsyncExitStack() as stack:
             if "decode" in settings.roles:
                 receiver = await stack.enter_async_context(
-                    KVReceiver(identity, memory, host=settings.host, transports=transports, lease_ms=settings.ticket_lease_ms)
+                    KVReceiver(
+                        identity,
+                        memory,
+                        host=settings.host,
+                        transports=transports,
+                        lease_ms=settings.ticket_lease_ms,
+                        wire_dtype=settings.wire_dtype,
+                    )
                 )
                 decode = DecodeService(
                     self.engine,
@@ -136,7 +143,9 @@ class Worker:
                 self.active_legs.append(decode)
                 loops.append(decode.run())
             if "prefill" in settings.roles:
-                sender = await stack.enter_async_context(KVSender(identity, memory, transports=transports, local=receiver))
+                sender = await stack.enter_async_context(
+                    KVSender(identity, memory, transports=transports, local=receiver, wire_dtype=settings.wire_dtype)
+                )
                 prefill = PrefillService(self.engine, sender, wakeups, max_step_tokens=settings.max_prefill_tokens)
                 self.active_legs.append(prefill)
                 loops.append(prefill.run())
@@ -191,6 +200,7 @@ class Worker:
             block_size=engine.layout.block_size,
             total_blocks=engine.pool.num_total,
             draining=self.draining,
+            num_ranks=engine.layout.num_ranks,
         )
 
     def load(self) -> WorkerLoad:

@@ -18,11 +18,12 @@ from zmq.utils.monitor import parse_monitor_message
 
 from kv_transfer.identity import WorkerIdentity, host_identity
 from kv_transfer.memory import KVMemory
+from kv_transfer.plan import SourceRegions, TargetRegions, format_of, mismatch, peer_layout
 from kv_transfer.protocol import LOCAL, SHM, Failure, revoked_frame
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sockets import LOSS_EVENTS, connected_sender
-from kv_transfer.transports import PushWriter, ShmWriter, TcpWriter
+from kv_transfer.transports import PushWriter, ShmWriter, TcpWriter, region_format
 from segue.errors import TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
 
@@ -33,11 +34,13 @@ _CLOSE_TIMEOUT_S = 1.0
 class _Connection(ABC):
     """What both kinds share: the open pushes, who gets which frame, and the renewal of leases."""
 
-    def __init__(self, transport: str, writer: PushWriter | None) -> None:
+    def __init__(self, transport: str) -> None:
         self.transport = transport
-        self.writer = writer
         self._pushes: dict[int, Push] = {}
         self._has_pushes = asyncio.Event()
+
+    @abstractmethod
+    def path_of(self, ticket: pb.Ticket) -> tuple[SourceRegions, PushWriter] | None: ...
 
     @abstractmethod
     def post(
@@ -94,9 +97,12 @@ class LocalConnection(_Connection):
     """To the receiver of this very process: frames are plain calls, bytes stay where they are."""
 
     def __init__(self, receiver: KVReceiver) -> None:
-        super().__init__(LOCAL, None)
+        super().__init__(LOCAL)
         self._call = receiver.connect_local(self._deliver)
         self._renewing: asyncio.Task[None] | None = None
+
+    def path_of(self, ticket: pb.Ticket) -> None:
+        return None
 
     def post(
         self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
@@ -124,8 +130,9 @@ class RemoteConnection(_Connection):
         memory: KVMemory,
         transports: Sequence[str],
         sender_id: int,
+        wire_dtype: str,
     ) -> None:
-        super().__init__("", None)
+        super().__init__("")
         self.epoch = ticket.decode_epoch
         self.ready = asyncio.Event()
         self.failure: Failure | None = None
@@ -136,6 +143,9 @@ class RemoteConnection(_Connection):
         self._memory = memory
         self._transports = transports
         self._sender_id = sender_id
+        self._format = format_of(memory.layout, wire_dtype)
+        # How the receiver stores KV, from its Welcome on; and over shared memory its cache itself.
+        self._target_layout = memory.layout
         self._target: KVMemory | None = None
         self._outgoing: deque[tuple[pb.TransferFrame, Sequence[memoryview], Callable[[], bool] | None]] = deque()
         self._has_outgoing = asyncio.Event()
@@ -151,6 +161,16 @@ class RemoteConnection(_Connection):
         self._outgoing.append((frame, payload, is_wanted))
         self._has_none_outgoing.clear()
         self._has_outgoing.set()
+
+    def path_of(self, ticket: pb.Ticket) -> tuple[SourceRegions, PushWriter]:
+        form = region_format(ticket, self._target_layout, self.transport, self._format.wire_dtype)
+        own = self._memory.layout.heads
+        if not form.heads or form.heads.start < own.start or form.heads.stop > own.stop:
+            raise TransferRefused(f"{self._peer} wants KV heads {form.heads}; {self._identity.worker_id} has {own}")
+        if ticket.block_size != form.layout.block_size:
+            raise TransferRefused(f"a ticket for blocks of {ticket.block_size} tokens, but {self._peer} has others")
+        source = SourceRegions(self._memory, form)
+        return source, ShmWriter(TargetRegions(self._target, form)) if self._target else TcpWriter()
 
     def start(self, after: RemoteConnection | None) -> None:
         """`after` is the connection that this one replaces."""
@@ -195,14 +215,13 @@ class RemoteConnection(_Connection):
         welcome = await self._greet(socket, self._transports)
         if welcome.transport == SHM:
             try:
-                self._target = await asyncio.to_thread(KVMemory.open, self._memory.layout, welcome.segment)
+                self._target = await asyncio.to_thread(KVMemory.open, self._target_layout, welcome.segment)
             except TransferError as error:
                 others = [name for name in self._transports if name != SHM]
                 if not others:
                     raise TransferRefused(error.message) from None
                 welcome = await self._greet(socket, others)
         self.transport = welcome.transport
-        self.writer = ShmWriter(self._memory, self._target) if self._target else TcpWriter(self._memory)
 
     async def _greet(self, socket: zmq.asyncio.Socket, transports: Sequence[str]) -> pb.Welcome:
         identity = self._identity
@@ -213,6 +232,7 @@ class RemoteConnection(_Connection):
             host=host_identity(),
             transports=transports,
             sender_id=self._sender_id,
+            format=self._format,
         )
         await socket.send(pb.TransferFrame(hello=hello).SerializeToString())
         while not (frame := await _receive(socket, self._peer)).HasField("welcome"):
@@ -227,6 +247,9 @@ class RemoteConnection(_Connection):
             )
         if welcome.transport not in transports:
             raise TransferRefused(f"{self._peer} chose the transport {welcome.transport!r}, which was not offered")
+        if problem := mismatch(self._format, welcome.format):
+            raise TransferRefused(problem)
+        self._target_layout = peer_layout(self._memory.layout, welcome.format)
         return welcome
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:

@@ -111,6 +111,11 @@ class KVMemory:
         start, end = self._bounds(layer, first_block, count)
         return self.buffer[start:end]
 
+    def blocks(self, layer: int) -> npt.NDArray[np.uint8]:
+        """All blocks of one layer: [num_blocks, 2, num_kv_heads, slab_bytes]"""
+        start, end = self._bounds(layer, 0, self.num_blocks)
+        return self._array[start:end].reshape(self.num_blocks, 2, self.layout.num_kv_heads, -1)
+
     def write(self, layer: int, first_block: int, source: memoryview) -> None:
         """Copies whole regions, with the interpreter's lock released."""
         start, end = self._bounds(layer, first_block, len(source) // self.layout.region_bytes)

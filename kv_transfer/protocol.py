@@ -74,13 +74,14 @@ class ReceivingTicket:
     ticket_id: int
     num_layers: int
     num_blocks: int
-    region_bytes: int
     lease_s: float
     heard_s: float
     phase: ReceivePhase = ReceivePhase.GRANTED
     failure: Failure | None = None
     writer: object | None = None
     transport: str = ""
+    # As they travel over that transport.
+    region_bytes: int = 0
     first_token: int = 0
     source_blocks: tuple[int, ...] = ()
     num_verified: int = 0
@@ -104,10 +105,11 @@ class ReceivingTicket:
     def num_bytes(self) -> int:
         return self.num_verified * self.region_bytes
 
-    def open(self, writer: object, transport: str, now_s: float) -> Frames:
+    def open(self, writer: object, transport: str, region_bytes: int, now_s: float) -> Frames:
         if self.phase is not ReceivePhase.GRANTED and not (self.phase is ReceivePhase.OPEN and writer is self.writer):
             return [unknown_ticket(self.ticket_id)]
         self.phase, self.writer, self.transport, self.heard_s = ReceivePhase.OPEN, writer, transport, now_s
+        self.region_bytes = region_bytes
         # Over TCP the receiver writes, locally nobody does.
         self.writer_active = transport == SHM
         return [pb.TransferFrame(opened=pb.Opened(ticket_id=self.ticket_id))]

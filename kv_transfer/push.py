@@ -12,9 +12,9 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Protocol
 
-from kv_transfer.memory import KVMemory
+from kv_transfer.plan import SourceRegions
 from kv_transfer.protocol import LOCAL, Failure, SendingTicket, SendPhase
-from kv_transfer.transports import Parcel, PushWriter, checksum, plan_parcels
+from kv_transfer.transports import Parcel, PushWriter, checksum, plan_parcels, split_regions
 from segue.errors import TransferError
 from segue.v1 import transfer_pb2 as pb
 
@@ -23,8 +23,10 @@ class Connection(Protocol):
     """The way to one receiver."""
 
     transport: str
-    # None when nothing is to be written.
-    writer: PushWriter | None
+
+    def path_of(self, ticket: pb.Ticket) -> tuple[SourceRegions, PushWriter] | None:
+        """Where the ticket's bytes come from and what brings them over; None when nothing is to be written. Raises
+        TransferRefused for a ticket that asks for what this worker has not."""
 
     def post(
         self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
@@ -40,13 +42,14 @@ class Connection(Protocol):
 class Push:
     """Comes from `KVSender.open`; ends by `commit` or `abandon`."""
 
-    def __init__(self, ticket: pb.Ticket, connection: Connection, memory: KVMemory, thread: Executor) -> None:
+    def __init__(self, ticket: pb.Ticket, connection: Connection, thread: Executor) -> None:
+        """Raises TransferRefused as `Connection.path_of`."""
         self.ticket = ticket
         # Set when the transfer failed from outside: the receiver revoked the ticket or is gone. `commit` says which.
         self.revoked = asyncio.Event()
         self._state = SendingTicket(ticket.ticket_id, ticket.decode_epoch)
         self._connection = connection
-        self._memory = memory
+        self._path = connection.path_of(ticket)
         self._thread = thread
         self._loop = asyncio.get_running_loop()
         self._block_ids = tuple(ticket.block_ids)
@@ -60,11 +63,6 @@ class Push:
     @property
     def transport(self) -> str:
         return self._connection.transport
-
-    @property
-    def missing_blocks(self) -> int:
-        """How many blocks of each layer the receiver waits for."""
-        return len(self._block_ids)
 
     async def open(self) -> None:
         """Raises TransferRefused when the receiver does not honour the ticket. When cancelled, the ticket is given back."""
@@ -80,23 +78,28 @@ class Push:
         if self._state.failure is not None:
             raise self._state.failure.error()
 
-    def send(self, layer: int, blocks: Sequence[tuple[int, int]]) -> None:
-        """Queues blocks of one layer: (source block in this worker's memory, index into the ticket's block_ids).
+    def send(self, layer: int, source_blocks: Sequence[int], blocks: range) -> None:
+        """Queues some of the prompt's `blocks` of one layer, numbered as the receiver cuts the prompt (see Ticket.block_size).
 
-        The source must not change until the transfer ended. Nothing happens once it failed. Raises ValueError for blocks that
-        are not there, or after `commit`.
+        The whole prompt lies in this worker's `source_blocks`, which must not change until the transfer ended, where its
+        tokens are computed. Nothing happens once it failed. Raises ValueError for blocks that are not there or not wanted, or
+        after `commit`.
         """
+        first_block, ticket = self.ticket.first_block, self.ticket
         if self._sealed:
-            raise ValueError(f"ticket {self.ticket.ticket_id}: send after commit")
-        if self._connection.writer is None or not self._may_write:
+            raise ValueError(f"ticket {ticket.ticket_id}: send after commit")
+        if self._path is None or not self._may_write:
             return
-        layout = self._memory.layout
-        if not 0 <= layer < layout.num_layers:
-            raise ValueError(f"layer {layer} of {layout.num_layers}")
-        for source, index in blocks:
-            if not (0 <= source < self._memory.num_blocks and 0 <= index < len(self._block_ids)):
-                raise ValueError(f"block {source} of {self._memory.num_blocks} to index {index} of {len(self._block_ids)}")
-        self._thread.submit(self._write, self._connection.writer, layer, tuple(blocks)).add_done_callback(self._on_written)
+        memory = self._path[0].memory
+        if not 0 <= layer < memory.layout.num_layers:
+            raise ValueError(f"layer {layer} of {memory.layout.num_layers}")
+        if not first_block <= blocks.start <= blocks.stop <= first_block + len(self._block_ids):
+            raise ValueError(f"{blocks}: blocks from {first_block} on are wanted, {len(self._block_ids)} of them")
+        if not all(0 <= source < memory.num_blocks for source in source_blocks):
+            raise ValueError(f"source blocks beyond the {memory.num_blocks} of this worker")
+        if (blocks.stop - 1) * ticket.block_size // memory.layout.block_size >= len(source_blocks):
+            raise ValueError(f"{blocks}: beyond the {len(source_blocks)} source blocks")
+        self._thread.submit(self._write, *self._path, layer, tuple(source_blocks), blocks).add_done_callback(self._on_written)
 
     async def commit(self, first_token: int, source_blocks: Sequence[int] = ()) -> int:
         """Waits until everything is out and the receiver has taken it over. Returns the bytes that travelled.
@@ -170,12 +173,17 @@ class Push:
 
     # On the transfer thread
 
-    def _write(self, writer: PushWriter, layer: int, blocks: Sequence[tuple[int, int]]) -> None:
-        for parcel in plan_parcels(layer, blocks, self._block_ids, self._memory.layout.region_bytes):
+    def _write(
+        self, source: SourceRegions, writer: PushWriter, layer: int, source_blocks: Sequence[int], blocks: range
+    ) -> None:
+        first_block, region_bytes = self.ticket.first_block, source.format.region_bytes
+        indices = range(blocks.start - first_block, blocks.stop - first_block)
+        for parcel in plan_parcels(layer, indices, self._block_ids, region_bytes):
             if not self._may_write:
                 return
-            checksums = [checksum(self._memory.region(layer, block)) for block in parcel.sources]
-            payload = writer.write(parcel)
+            regions = source.take(layer, source_blocks, [first_block + index for index in parcel.indices])
+            checksums = [checksum(region) for region in split_regions(regions, region_bytes)]
+            payload = writer.write(parcel, regions)
             self._loop.call_soon_threadsafe(self._announce, parcel, checksums, payload)
 
     def _on_written(self, written: Future[None]) -> None:

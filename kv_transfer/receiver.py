@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,7 @@ from kv_transfer.sockets import bind_receiver
 from kv_transfer.transports import check_transports
 from kv_transfer.writers import Writer, Writers
 from segue.errors import ChecksumMismatch, ConfigError, TransferError
+from segue.kv_layout import KVLayout
 from segue.v1 import transfer_pb2 as pb
 
 __all__ = ["Arrival", "Incoming", "KVReceiver"]
@@ -40,7 +42,8 @@ _MAX_UNCHECKED_PUSHES = 16
 
 
 class KVReceiver:
-    """Receives into `memory` while it is entered. `lease_ms` is how long a ticket lives without a word from its writer."""
+    """Receives into `memory` while it is entered. `lease_ms` is how long a ticket lives without a word from its writer;
+    `wire_dtype` is the format in which KV travels over a network, where it is not as this memory stores it."""
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class KVReceiver:
         host: str,
         transports: tuple[str, ...] = ("shm", "tcp"),
         lease_ms: int = 10_000,
+        wire_dtype: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -57,6 +61,7 @@ class KVReceiver:
         self._host = host
         self._transports = check_transports(transports)
         self._lease_ms = lease_ms
+        self._wire_dtype = wire_dtype
         self._clock = clock
         self._ticket_ids = itertools.count(1)
         self._tickets: dict[int, Incoming] = {}
@@ -69,12 +74,13 @@ class KVReceiver:
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
         try:
-            self._socket, self.endpoint = await bind_receiver(self._context, self._host, self._memory.layout.region_bytes)
+            longest = replace(self._memory.layout, dtype="float32").region_bytes
+            self._socket, self.endpoint = await bind_receiver(self._context, self._host, longest)
         except ConfigError:
             self._context.destroy()
             raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-receive")
-        self._writers = Writers(self._identity, self._memory, self._transports, self._post, self._writer_died)
+        self._writers = Writers(self._identity, self._memory, self._transports, self._post, self._writer_died, self._wire_dtype)
         self._tasks = [asyncio.create_task(run()) for run in (self._listen, self._keep_time)]
         for task in self._tasks:
             task.add_done_callback(self._on_task_end)
@@ -94,22 +100,27 @@ class KVReceiver:
             if isinstance(end, Exception):
                 raise end
 
-    def expect(self, first_block: int, block_ids: Sequence[int]) -> Incoming:
-        """A ticket to write the prompt's blocks from `first_block` on into `block_ids`."""
+    @property
+    def layout(self) -> KVLayout:
+        return self._memory.layout
+
+    def expect(self, first_block: int, block_ids: Sequence[int], heads: range | None = None, writer_rank: int = 0) -> Incoming:
+        """A ticket to write the prompt's blocks from `first_block` on into `block_ids`: some KV heads of them, or all, that
+        lie with a rank of the prefill worker."""
         if len(set(block_ids)) != len(block_ids) or any(not 0 <= block < self._memory.num_blocks for block in block_ids):
             raise ValueError(f"block_ids: {list(block_ids)} are not different blocks of {self._memory.num_blocks}")
-        return self._grant(self.endpoint, first_block, block_ids)
+        return self._grant(self.endpoint, first_block, block_ids, heads or self.layout.heads, writer_rank)
 
     def expect_local(self, first_block: int = 0) -> Incoming:
         """A ticket for a sender in this very process, which hands its own blocks over."""
-        return self._grant(f"{LOCAL}:", first_block, ())
+        return self._grant(f"{LOCAL}:", first_block, (), self.layout.heads, self.layout.rank)
 
     def connect_local(self, on_frame: Callable[[pb.TransferFrame], None]) -> Callable[[pb.TransferFrame], None]:
         """For a sender in this very process: takes what gets its frames, returns where it puts its own."""
         writer = self._writers.add_local(on_frame)
         return lambda frame: self._on_frame(writer, frame)
 
-    def _grant(self, endpoint: str, first_block: int, block_ids: Sequence[int]) -> Incoming:
+    def _grant(self, endpoint: str, first_block: int, block_ids: Sequence[int], heads: range, writer_rank: int) -> Incoming:
         ticket_id = next(self._ticket_ids)
         ticket = pb.Ticket(
             ticket_id=ticket_id,
@@ -120,11 +131,12 @@ class KVReceiver:
             first_block=first_block,
             block_ids=block_ids,
             lease_ms=self._lease_ms,
+            block_size=self.layout.block_size,
+            first_kv_head=heads.start,
+            num_kv_heads=len(heads),
+            writer_rank=writer_rank,
         )
-        layout = self._memory.layout
-        state = ReceivingTicket(
-            ticket_id, layout.num_layers, len(block_ids), layout.region_bytes, self._lease_ms / 1000, self._clock()
-        )
+        state = ReceivingTicket(ticket_id, self.layout.num_layers, len(block_ids), self._lease_ms / 1000, self._clock())
         incoming = self._tickets[ticket_id] = Incoming(ticket, state, self._dispatch)
         return incoming
 
@@ -177,8 +189,10 @@ class KVReceiver:
         incoming = self._tickets.get(open_frame.ticket_id)
         is_local = writer.transport == LOCAL
         fits = incoming is not None and (incoming.ticket.endpoint == f"{LOCAL}:") == is_local
-        if fits and open_frame.decode_epoch == self._identity.epoch:
-            self._on_ticket(writer, open_frame.ticket_id, lambda state: state.open(writer, writer.transport, self._clock()))
+        if incoming is not None and fits and open_frame.decode_epoch == self._identity.epoch:
+            region_bytes = self._writers.reader(writer, incoming.ticket).target.format.region_bytes
+            frames = incoming.state.open(writer, writer.transport, region_bytes, self._clock())
+            self._dispatch(incoming, frames, writer)
         else:
             writer.post(unknown_ticket(open_frame.ticket_id))
 
@@ -206,9 +220,10 @@ class KVReceiver:
         self._dispatch(incoming, frames, writer)
         if not fresh:
             return False
+        reader = self._writers.reader(writer, incoming.ticket)
         block_ids = incoming.ticket.block_ids
         regions = [(region, block_ids[region.index]) for region in fresh]
-        checked = asyncio.get_running_loop().run_in_executor(self._thread, writer.reader.read, push.layer, regions, payload)
+        checked = asyncio.get_running_loop().run_in_executor(self._thread, reader.read, push.layer, regions, payload)
         checked.add_done_callback(partial(self._on_checked, incoming, push.layer, fresh))
         return True
 

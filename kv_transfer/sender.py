@@ -1,7 +1,7 @@
 """The prefill side: writes for tickets that decode workers gave out.
 
 push = await sender.open(ticket)
-push.send(layer, [(source block, index), ...])     as soon as a layer of some blocks is computed, from any thread
+push.send(layer, source_blocks, range(0, 2))       as soon as a layer of some blocks is computed, from any thread
 num_bytes = await push.commit(first_token)         or a TransferError
 await push.abandon("cancelled")                    at any moment instead
 """
@@ -32,7 +32,8 @@ _OPEN_TIMEOUT_S = 5.0
 
 
 class KVSender:
-    """Sends from `memory` while it is entered. `local` is this process's own receiver, if it has one: it must be left last."""
+    """Sends from `memory` while it is entered. `local` is this process's own receiver, if it has one: it must be left last.
+    `wire_dtype` is the format in which KV travels over a network, where it is not as the receiver stores it."""
 
     def __init__(
         self,
@@ -41,11 +42,13 @@ class KVSender:
         *,
         transports: tuple[str, ...] = ("shm", "tcp"),
         local: KVReceiver | None = None,
+        wire_dtype: str = "",
     ) -> None:
         self._identity = identity
         self._memory = memory
         self._transports = check_transports(transports)
         self._local = LocalConnection(local) if local is not None else None
+        self._wire_dtype = wire_dtype
         self._sender_id = secrets.randbits(64)
         # By endpoint; at most one connection is alive for each.
         self._connections: dict[str, RemoteConnection] = {}
@@ -84,7 +87,7 @@ class KVSender:
                 await connection.ready.wait()
                 if connection.failure is not None:
                     raise connection.failure.error()
-                push = Push(ticket, connection, self._memory, self._thread)
+                push = Push(ticket, connection, self._thread)
                 await push.open()
                 return push
         except TimeoutError:
@@ -94,7 +97,7 @@ class KVSender:
     async def _open_local(self, ticket: pb.Ticket) -> Push:
         if self._local is None:
             raise TransferRefused(f"ticket {ticket.ticket_id} is for a sender within {ticket.decode_worker_id} itself")
-        push = Push(ticket, self._local, self._memory, self._thread)
+        push = Push(ticket, self._local, self._thread)
         await push.open()
         return push
 
@@ -109,7 +112,7 @@ class KVSender:
         if connection is None or connection.failure is not None or connection.epoch < ticket.decode_epoch:
             replaced = connection
             connection = RemoteConnection(
-                self._context, ticket, self._identity, self._memory, self._transports, self._sender_id
+                self._context, ticket, self._identity, self._memory, self._transports, self._sender_id, self._wire_dtype
             )
             connection.start(after=replaced)
             self._connections[ticket.endpoint] = connection

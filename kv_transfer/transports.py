@@ -3,7 +3,7 @@
 | transport | the writer                                  | the reader                                |
 |-----------|---------------------------------------------|-------------------------------------------|
 | shm       | copies into the peer's mapped memory        | checks the bytes where they lie           |
-| tcp       | hands out its own memory as message frames  | checks the bytes, then copies them in     |
+| tcp       | hands out regions as message frames         | checks the bytes, then copies them in     |
 | local     | does nothing: both phases share one cache   | has nothing to do                         |
 
 Writers and readers run on transfer threads. Copies and checksums release the interpreter's lock.
@@ -18,9 +18,10 @@ from typing import Protocol
 import xxhash
 
 from kv_transfer.identity import same_host
-from kv_transfer.memory import KVMemory
+from kv_transfer.plan import RegionFormat, TargetRegions
 from kv_transfer.protocol import SHM, TCP, FreshRegion
 from segue.errors import ConfigError
+from segue.kv_layout import KVLayout
 from segue.v1 import transfer_pb2 as pb
 
 # One push carries at most this much (but at least one region), so that copying, sending and checking overlap.
@@ -43,86 +44,90 @@ def check_transports(transports: Sequence[str]) -> tuple[str, ...]:
     return tuple(transports)
 
 
+def region_format(ticket: pb.Ticket, target: KVLayout, transport: str, wire_dtype: str) -> RegionFormat:
+    """How the ticket's regions travel into memory of layout `target`. In shared memory they are written as they are stored."""
+    return RegionFormat.of(
+        range(ticket.first_kv_head, ticket.first_kv_head + ticket.num_kv_heads),
+        head_dim=target.head_dim,
+        block_size=target.block_size,
+        dtype=target.dtype if transport == SHM else wire_dtype or target.dtype,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """Blocks of one layer that travel in one push: `sources` lie in the writer's memory, `targets` in the reader's."""
+    """Blocks of one layer that travel in one push: positions among the ticket's blocks, and where these lie at the reader."""
 
     layer: int
-    sources: tuple[int, ...]
-    targets: tuple[int, ...]
-    indices: tuple[int, ...]
+    indices: Sequence[int]
+    targets: Sequence[int]
 
 
-def plan_parcels(
-    layer: int, blocks: Sequence[tuple[int, int]], block_ids: Sequence[int], region_bytes: int
-) -> Iterator[Parcel]:
-    """Cuts (source block, index into `block_ids`) pairs into pushes."""
+def plan_parcels(layer: int, indices: Sequence[int], block_ids: Sequence[int], region_bytes: int) -> Iterator[Parcel]:
+    """Cuts blocks, `indices` into `block_ids`, into pushes."""
     size = max(1, min(MAX_PUSH_BYTES // region_bytes, MAX_PUSH_BLOCKS))
-    for start in range(0, len(blocks), size):
-        part = blocks[start : start + size]
-        indices = tuple(index for _, index in part)
-        yield Parcel(layer, tuple(source for source, _ in part), tuple(block_ids[index] for index in indices), indices)
-
-
-def contiguous_runs(*columns: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(start, length) of the stretches in which every column counts up by one."""
-    start, count = 0, len(columns[0])
-    for position in range(1, count + 1):
-        if position == count or any(column[position] != column[position - 1] + 1 for column in columns):
-            yield start, position - start
-            start = position
+    for start in range(0, len(indices), size):
+        part = indices[start : start + size]
+        yield Parcel(layer, part, [block_ids[index] for index in part])
 
 
 class PushWriter(Protocol):
-    def write(self, parcel: Parcel) -> list[memoryview]:
-        """Brings the parcel's bytes to the peer; returns those that are to follow its Push as frames."""
+    def write(self, parcel: Parcel, payload: list[memoryview]) -> list[memoryview]:
+        """Brings the parcel's regions, `payload`, to the peer; returns what is to follow its Push as frames."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShmWriter:
-    source: KVMemory
-    target: KVMemory
+    target: TargetRegions
 
-    def write(self, parcel: Parcel) -> list[memoryview]:
-        for start, length in contiguous_runs(parcel.sources, parcel.targets):
-            run = self.source.regions(parcel.layer, parcel.sources[start], length)
-            self.target.write(parcel.layer, parcel.targets[start], run)
+    def write(self, parcel: Parcel, payload: list[memoryview]) -> list[memoryview]:
+        self.target.put(parcel.layer, parcel.targets, payload)
         return []
 
 
-@dataclass(frozen=True, slots=True)
 class TcpWriter:
-    source: KVMemory
-
-    def write(self, parcel: Parcel) -> list[memoryview]:
-        return [
-            self.source.regions(parcel.layer, parcel.sources[start], length)
-            for start, length in contiguous_runs(parcel.sources)
-        ]
+    def write(self, parcel: Parcel, payload: list[memoryview]) -> list[memoryview]:
+        return payload
 
 
 class PushReader(Protocol):
+    @property
+    def target(self) -> TargetRegions: ...
+
     def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Sequence[memoryview]) -> bool:
         """Takes (region, destination block) pairs of one push into the memory; False when a checksum does not hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShmReader:
-    memory: KVMemory
+    target: TargetRegions
 
     def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Sequence[memoryview]) -> bool:
-        return all(checksum(self.memory.region(layer, block)) == region.checksum for region, block in regions)
+        return all(_checksum_of(self.target.parts(layer, block)) == region.checksum for region, block in regions)
 
 
 @dataclass(frozen=True, slots=True)
 class TcpReader:
-    memory: KVMemory
+    target: TargetRegions
 
     def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Sequence[memoryview]) -> bool:
-        size = self.memory.layout.region_bytes
-        views = [part[offset : offset + size] for part in payload for offset in range(0, len(part), size)]
-        if any(checksum(views[region.position]) != region.checksum for region, _ in regions):
+        views = split_regions(payload, self.target.format.region_bytes)
+        fresh = [views[region.position] for region, _ in regions]
+        if any(checksum(view) != region.checksum for view, (region, _) in zip(fresh, regions, strict=True)):
             return False
-        for region, block in regions:
-            self.memory.write(layer, block, views[region.position])
+        self.target.put(layer, [block for _, block in regions], fresh)
         return True
+
+
+def split_regions(payload: Sequence[memoryview], region_bytes: int) -> list[memoryview]:
+    """One view for each region, of buffers that hold whole regions."""
+    return [part[offset : offset + region_bytes] for part in payload for offset in range(0, len(part), region_bytes)]
+
+
+def _checksum_of(parts: Sequence[memoryview]) -> int:
+    if len(parts) == 1:
+        return checksum(parts[0])
+    running = xxhash.xxh3_64()
+    for part in parts:
+        running.update(part)
+    return running.intdigest()

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from kv_transfer.identity import WorkerIdentity, host_identity
 from kv_transfer.memory import KVMemory
+from kv_transfer.plan import TargetRegions, format_of, mismatch
 from kv_transfer.process_watch import ProcessWatch
-from kv_transfer.protocol import LOCAL, SHM
-from kv_transfer.transports import PushReader, ShmReader, TcpReader, choose_transport
+from kv_transfer.protocol import LOCAL, SHM, TCP
+from kv_transfer.transports import PushReader, ShmReader, TcpReader, choose_transport, region_format
 from segue.v1 import transfer_pb2 as pb
 
 FrameSink = Callable[[pb.TransferFrame], None]
@@ -26,7 +27,6 @@ class Writer:
     sender_id: int
     transport: str
     post: FrameSink
-    reader: PushReader
     watch: ProcessWatch | None = None
 
     def close(self) -> None:
@@ -44,12 +44,14 @@ class Writers:
         transports: Sequence[str],
         post: Callable[[bytes, pb.TransferFrame], None],
         on_death: Callable[[Writer], None],
+        wire_dtype: str,
     ) -> None:
         self._identity = identity
         self._memory = memory
         self._transports = transports
         self._post = post
         self._on_death = on_death
+        self._format = format_of(memory.layout, wire_dtype)
         self._host = host_identity()
         self._connected: dict[bytes, Writer] = {}
         # Without a connection, but perhaps alive.
@@ -59,7 +61,13 @@ class Writers:
         return self._connected.get(connection)
 
     def add_local(self, post: FrameSink) -> Writer:
-        return Writer(0, LOCAL, post, ShmReader(self._memory))
+        return Writer(0, LOCAL, post)
+
+    def reader(self, writer: Writer, ticket: pb.Ticket) -> PushReader:
+        """What takes the ticket's regions in when `writer` sends them."""
+        form = region_format(ticket, self._memory.layout, writer.transport, self._format.wire_dtype)
+        target = TargetRegions(self._memory, form)
+        return TcpReader(target) if writer.transport == TCP else ShmReader(target)
 
     def welcome(self, connection: bytes, hello: pb.Hello) -> list[Writer]:
         """Answers a Hello. Returns the writers that it says have stopped: the same sender's earlier ones."""
@@ -94,9 +102,12 @@ class Writers:
             writer.close()
 
     def _answer(self, connection: bytes, hello: pb.Hello) -> pb.Welcome:
-        welcome = pb.Welcome(worker_id=self._identity.worker_id, epoch=self._identity.epoch)
+        welcome = pb.Welcome(worker_id=self._identity.worker_id, epoch=self._identity.epoch, format=self._format)
         if hello.layout_fingerprint != self._identity.layout_fingerprint:
             welcome.refusal = f"{hello.worker_id} and {self._identity.worker_id} have different KV layouts or models"
+            return welcome
+        if problem := mismatch(hello.format, self._format):
+            welcome.refusal = problem
             return welcome
         transport = choose_transport(hello, self._host, self._transports)
         writer = self._make_writer(connection, hello, transport) if transport else None
@@ -120,8 +131,8 @@ class Writers:
             self._post(connection, frame)
 
         if transport != SHM:
-            return Writer(hello.sender_id, transport, post, TcpReader(self._memory))
-        writer = Writer(hello.sender_id, transport, post, ShmReader(self._memory))
+            return Writer(hello.sender_id, transport, post)
+        writer = Writer(hello.sender_id, transport, post)
         try:
             writer.watch = ProcessWatch(hello.host.pid, hello.host.pid_start_time, lambda: self._process_ended(writer))
         except OSError:

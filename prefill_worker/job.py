@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
-from kv_transfer.sender import Push
+from kv_transfer.handover import HandOver
 from prefill_worker.outgoing import OutgoingKV
 from segue.errors import InternalError, SegueError
 from segue.runtime import event_that_is_set
@@ -28,21 +28,21 @@ class PrefillJob:
     cached_tokens: int = 0
     num_published_blocks: int = 0
     first_token: asyncio.Future[GeneratedToken] = field(default_factory=asyncio.Future)
-    # Done when the ticket came and the decode worker answered.
-    push: asyncio.Future[Push] = field(default_factory=asyncio.Future)
+    # Done when the tickets came and the decode worker answered.
+    hand_over: asyncio.Future[HandOver] = field(default_factory=asyncio.Future)
     opening: asyncio.Task[None] | None = None
     # Must be abandoned before the blocks are given back, whatever became of the job.
-    opened_push: Push | None = None
+    opened: HandOver | None = None
     # Clear while a step computes this sequence: its blocks are being written.
     idle: asyncio.Event = field(default_factory=event_that_is_set)
 
     def on_opened(self, opening: asyncio.Task[None]) -> None:
-        """A defect while the ticket was being attached ends the job; it would wait for the push forever."""
+        """A defect while the tickets were being attached ends the job; it would wait for the hand-over forever."""
         if not opening.cancelled() and (error := opening.exception()) is not None:
-            self.fail(InternalError(f"attaching the ticket failed: {error!r}"))
+            self.fail(InternalError(f"attaching the tickets failed: {error!r}"))
 
     def fail(self, error: SegueError) -> None:
         """Ends the job with `error` wherever it waits now."""
-        waiting_for = self.push if self.first_token.done() else self.first_token
+        waiting_for = self.hand_over if self.first_token.done() else self.first_token
         if not waiting_for.done():
             waiting_for.set_exception(error)

@@ -9,49 +9,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from segue.kv_layout import KVLayout
-
 
 class BlockSink(Protocol):
-    def send(self, layer: int, blocks: Sequence[tuple[int, int]]) -> None:
-        """Takes (source block, index among the ticket's destinations) pairs of one layer."""
+    @property
+    def first_block(self) -> int:
+        """The prompt's first block that is wanted."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in one block as the sink counts them."""
+
+    def send(self, layer: int, source_blocks: Sequence[int], blocks: range) -> None:
+        """Takes `blocks` of a prompt that lies in `source_blocks`."""
 
 
 class OutgoingKV:
-    def __init__(self, layout: KVLayout, num_prompt_tokens: int) -> None:
-        self._block_size = layout.block_size
+    def __init__(self, num_layers: int, num_prompt_tokens: int) -> None:
         self._num_prompt_tokens = num_prompt_tokens
-        self._num_prompt_blocks = layout.num_blocks_for(num_prompt_tokens)
-        self._block_ids: Sequence[int] = ()
+        self._source_blocks: Sequence[int] = ()
         self._sink: BlockSink | None = None
-        self._first_block = 0
-        # Per layer, in blocks from the prompt's start: computed >= sent once a sink is attached.
-        self._computed = [0] * layout.num_layers
-        self._sent = [0] * layout.num_layers
+        # Per layer: tokens from the prompt's start; the sink's blocks that it was given.
+        self._computed = [0] * num_layers
+        self._sent = [0] * num_layers
 
     def begin(self, block_ids: Sequence[int], num_cached_tokens: int) -> None:
         """Memory was leased; the first `num_cached_tokens` are computed in every layer."""
-        self._block_ids = block_ids
+        self._source_blocks = block_ids
         for layer in range(len(self._computed)):
             self.layer_done(layer, num_cached_tokens)
 
-    def attach(self, sink: BlockSink, first_block: int) -> None:
-        """The ticket came: blocks before `first_block` are not wanted."""
+    def attach(self, sink: BlockSink) -> None:
+        """The ticket came."""
         self._sink = sink
-        self._first_block = first_block
-        self._sent = [first_block] * len(self._sent)
+        self._sent = [sink.first_block] * len(self._sent)
         for layer in range(len(self._sent)):
             self._flush(layer)
 
     def layer_done(self, layer: int, num_tokens: int) -> None:
         """The KV of the prompt's first `num_tokens` tokens is in the cache for `layer`."""
-        whole_prompt = num_tokens >= self._num_prompt_tokens
-        self._computed[layer] = self._num_prompt_blocks if whole_prompt else num_tokens // self._block_size
+        self._computed[layer] = num_tokens
         self._flush(layer)
 
     def _flush(self, layer: int) -> None:
-        start, end = self._sent[layer], self._computed[layer]
-        if self._sink is None or start >= end:
+        if self._sink is None:
             return
-        self._sink.send(layer, [(self._block_ids[i], i - self._first_block) for i in range(start, end)])
-        self._sent[layer] = end
+        start, num_tokens = self._sent[layer], self._computed[layer]
+        # The prompt's last block goes out although it may not be full.
+        whole_prompt = num_tokens >= self._num_prompt_tokens
+        end = -(-num_tokens // self._sink.block_size) if whole_prompt else num_tokens // self._sink.block_size
+        if start < end:
+            self._sink.send(layer, self._source_blocks, range(start, end))
+            self._sent[layer] = end

@@ -17,6 +17,7 @@ from contextlib import suppress
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step import Chunk
+from kv_transfer.handover import HandOver
 from kv_transfer.sender import KVSender
 from prefill_worker.job import PrefillJob
 from prefill_worker.outgoing import OutgoingKV
@@ -57,8 +58,8 @@ class PrefillService:
         match message.WhichOneof("message"):
             case "start_prefill":
                 self._start(link, message.start_prefill)
-            case "attach_ticket":
-                self._attach(message.attach_ticket.key, message.attach_ticket.ticket)
+            case "attach_tickets":
+                self._attach(message.attach_tickets.key, message.attach_tickets.tickets)
             case "cancel":
                 self._jobs.cancel(message.cancel.key)
 
@@ -98,7 +99,7 @@ class PrefillService:
             sequence=Sequence(message.key.sequence_id, token_ids, sampling),
             hands_over=message.hand_over,
             block_hashes=block_hashes(token_ids, layout.block_size),
-            outgoing=OutgoingKV(layout, len(token_ids)),
+            outgoing=OutgoingKV(layout.num_layers, len(token_ids)),
         )
         if self._jobs.start(job, self._serve(job), self._release):
             self._waiting.append(job)
@@ -126,9 +127,9 @@ class PrefillService:
             job.link.send_failed(job.key, error)
 
     async def _hand_over(self, job: PrefillJob, token: GeneratedToken) -> None:
-        push = await job.push
+        hand_over = await job.hand_over
         assert job.sequence.lease is not None
-        self._num_transferred_bytes += await push.commit(token.token_id, job.sequence.lease.block_ids)
+        self._num_transferred_bytes += await hand_over.commit(token.token_id, job.sequence.lease.block_ids)
 
     async def _release(self, job: PrefillJob) -> None:
         """Takes the job out of every queue, waits until nothing writes or reads its blocks, and gives them back."""
@@ -139,28 +140,28 @@ class PrefillService:
         if job.opening is not None:
             job.opening.cancel()
             await asyncio.gather(job.opening, return_exceptions=True)
-        if job.opened_push is not None:
-            await job.opened_push.abandon("the prefill leg ended")
+        if job.opened is not None:
+            await job.opened.abandon("the prefill leg ended")
         if job.sequence.lease is not None:
             self._engine.pool.release(job.sequence.lease)
         self._wakeups.notify()
 
-    def _attach(self, key: pb.SequenceKey, ticket: Ticket) -> None:
+    def _attach(self, key: pb.SequenceKey, tickets: SequenceOf[Ticket]) -> None:
         job = self._jobs.get(key)
         if job is not None and job.opening is None:
-            job.opening = asyncio.create_task(self._open_push(job, ticket))
+            job.opening = asyncio.create_task(self._open(job, tickets))
             job.opening.add_done_callback(job.on_opened)
 
-    async def _open_push(self, job: PrefillJob, ticket: Ticket) -> None:
+    async def _open(self, job: PrefillJob, tickets: SequenceOf[Ticket]) -> None:
         try:
-            push = await self._sender.open(ticket)
+            hand_over = await HandOver.open(self._sender, tickets)
         except SegueError as error:
             job.fail(error)
         else:
-            job.opened_push = push
-            job.outgoing.attach(push, ticket.first_block)
-            if not job.push.done():  # it is, when the job was cancelled while it waited
-                job.push.set_result(push)
+            job.opened = hand_over
+            job.outgoing.attach(hand_over)
+            if not job.hand_over.done():  # it is, when the job was cancelled while it waited
+                job.hand_over.set_result(hand_over)
 
     # The loop
 

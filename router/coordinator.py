@@ -143,7 +143,11 @@ class _Attempt:
         if self._hands_over:
             self._path.decode_worker = self._decode.record.worker_id
             reserve = worker_pb2.ReserveDecode(
-                key=self._key, token_ids=token_ids, sampling=sampling, prefill_worker_id=self._path.prefill_worker
+                key=self._key,
+                token_ids=token_ids,
+                sampling=sampling,
+                prefill_worker_id=self._path.prefill_worker,
+                num_prefill_ranks=self._prefill.record.num_ranks,
             )
             self._decode.send(worker_pb2.LinkRequest(reserve_decode=reserve))
         start = worker_pb2.StartPrefill(key=self._key, token_ids=token_ids, sampling=sampling, hand_over=self._hands_over)
@@ -165,7 +169,7 @@ class _Attempt:
             raise said
         match said.WhichOneof("message"):
             case "decode_reserved":
-                self._attach_ticket(said.decode_reserved)
+                self._attach_tickets(said.decode_reserved)
             case "first_token":
                 return self._first_token(said.first_token)
             case "decode_started":
@@ -184,9 +188,9 @@ class _Attempt:
             self._prefill.prefill_tokens -= len(self._request.prompt_token_ids)
             self._is_charged_to_prefill = False
 
-    def _attach_ticket(self, reserved: worker_pb2.DecodeReserved) -> None:
-        attach = worker_pb2.AttachTicket(key=self._key, ticket=reserved.ticket)
-        self._prefill.send(worker_pb2.LinkRequest(attach_ticket=attach))
+    def _attach_tickets(self, reserved: worker_pb2.DecodeReserved) -> None:
+        attach = worker_pb2.AttachTickets(key=self._key, tickets=reserved.tickets)
+        self._prefill.send(worker_pb2.LinkRequest(attach_tickets=attach))
         if self._path.lifecycle.phase is Phase.RESERVED:
             self._path.lifecycle.enter(Phase.PREFILLING)
 

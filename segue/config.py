@@ -43,6 +43,7 @@ KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
 Quantization = Literal["none", "int8", "int4"]
 LinearName = Literal["qkv", "attention_output", "gate_up", "down", "head"]
 KVTransport = Literal["auto", "shm", "tcp"]
+KVWire = Literal["stored", "bfloat16", "int8"]
 Role = Literal["prefill", "decode"]
 
 
@@ -102,9 +103,14 @@ class EngineSettings(Settings):
         (), description=f"Linear layers that are never quantized, of {', '.join(get_args(LinearName))}"
     )
     kv_dtype: KVDtype = Field("auto", description="Number format of the KV cache; auto is the dtype")
+    decode_kv_dtype: KVDtype | None = Field(
+        None, description="The same for workers that only decode; needs --kv-wire where it differs"
+    )
+    kv_wire: KVWire = Field("stored", description="Number format in which KV travels between workers; smaller is lossy")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to compute")
     kv_memory: NumBytes = Field(2**29, ge=1, description="Memory for KV cache of each worker, in bytes")
     block_size: int = Field(32, ge=1, le=256, description="Tokens in one KV block")
+    decode_block_size: int | None = Field(None, ge=1, le=256, description="The same for workers that only decode")
     threads: int = Field(0, ge=0, description="Compute threads of each worker; 0 shares out the cores")
     max_prefill_tokens: int = Field(512, ge=1, description="Prompt tokens computed in one step")
     max_batch: int = Field(64, ge=1, description="Sequences that one worker decodes at a time")
@@ -159,7 +165,23 @@ class WorkerSettings(EngineSettings):
     member_lease_ms: int = Field(3_000, ge=100)
 
     @property
+    def only_decodes(self) -> bool:
+        return self.roles == ("decode",)
+
+    @property
     def own_quantization(self) -> Quantization:
         """How this worker holds its weights."""
-        only_decodes = self.roles == ("decode",)
-        return (self.decode_quantization if only_decodes else None) or self.quantization
+        return (self.decode_quantization if self.only_decodes else None) or self.quantization
+
+    @property
+    def own_kv(self) -> Self:
+        """These settings with the block size and KV format of this worker's role."""
+        if not self.only_decodes:
+            return self
+        own = {"block_size": self.decode_block_size or self.block_size, "kv_dtype": self.decode_kv_dtype or self.kv_dtype}
+        return self.model_copy(update=own)
+
+    @property
+    def wire_dtype(self) -> str:
+        """Empty: as it is stored."""
+        return "" if self.kv_wire == "stored" else self.kv_wire

@@ -1,6 +1,7 @@
-"""How KV cache lies in memory. Two workers may exchange blocks only when their layouts have the same fingerprint.
+"""How KV cache lies in memory. Two workers may exchange KV only when their layouts have the same fingerprint: it is then the
+same KV, perhaps cut into other blocks, spread over other ranks, or stored in another number format.
 
-Memory of one worker:  [num_layers][num_blocks][2 (K, V)][num_kv_heads][slab]
+Memory of one rank:  [num_layers][num_blocks][2 (K, V)][num_kv_heads][slab]
 A *slab* is the K or V of one head of one block, and contiguous, as is a *region*: one block of one layer.
     K slab  [head_dim][block_size]   transposed, so that a query meets all positions of a block at once
     V slab  [block_size][head_dim]
@@ -10,7 +11,7 @@ In int8, [block_size] float32 scales follow the slab's values: one for each toke
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 SCALE_BYTES = 4
@@ -19,6 +20,7 @@ SCALE_BYTES = 4
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     num_layers: int
+    # Held in this memory: the model's, or a tensor-parallel rank's share of them.
     num_kv_heads: int
     head_dim: int
     block_size: int
@@ -27,11 +29,27 @@ class KVLayout:
     model_revision: str
     # Formats in which prefill and decode workers hold the weights: KV computed in other formats has other bits.
     weights: str = "float32"
+    # Of the tensor-parallel ranks that share the model's heads out evenly, in order.
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def total_kv_heads(self) -> int:
+        return self.num_kv_heads * self.num_ranks
+
+    @property
+    def heads(self) -> range:
+        """Which of the model's KV heads lie in this memory."""
+        return range(self.rank * self.num_kv_heads, (self.rank + 1) * self.num_kv_heads)
+
+    @property
+    def value_bytes(self) -> int:
+        """Of one slab, without scales."""
+        return self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def slab_bytes(self) -> int:
-        values = self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
-        return values + (self.block_size * SCALE_BYTES if self.dtype == "int8" else 0)
+        return self.value_bytes + (self.block_size * SCALE_BYTES if self.dtype == "int8" else 0)
 
     @property
     def region_bytes(self) -> int:
@@ -46,5 +64,6 @@ class KVLayout:
         return -(-num_tokens // self.block_size)
 
     def fingerprint(self) -> str:
-        text = ";".join(f"{name}={value}" for name, value in asdict(self).items())
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        """Equal for all layouts of the same KV, however it is cut or stored."""
+        same = (self.num_layers, self.total_kv_heads, self.head_dim, self.model_revision, self.weights)
+        return hashlib.blake2b(";".join(map(str, same)).encode(), digest_size=16).hexdigest()

@@ -35,6 +35,10 @@ class Ticket(_message.Message):
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    FIRST_KV_HEAD_FIELD_NUMBER: _builtins.int
+    NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
+    WRITER_RANK_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.int
     """Unique within the decode worker's epoch."""
     decode_worker_id: _builtins.str
@@ -43,9 +47,17 @@ class Ticket(_message.Message):
     """Where the decode worker receives, e.g. tcp://127.0.0.1:4711; `local:` when the writer is this very process."""
     layout_fingerprint: _builtins.str
     first_block: _builtins.int
-    """The prompt's first block that is missing at decode; those before it are in its prefix cache."""
+    """The prompt's first block that is missing at decode; those before it are in its prefix cache. Blocks are counted as decode
+    cuts the prompt, into block_size tokens each.
+    """
     lease_ms: _builtins.int
     """The ticket lapses when nothing was heard of it for this long."""
+    block_size: _builtins.int
+    first_kv_head: _builtins.int
+    """The KV heads that are to be written, numbered as the model does."""
+    num_kv_heads: _builtins.int
+    writer_rank: _builtins.int
+    """Which tensor-parallel rank of the prefill worker holds them."""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Destination blocks for the prompt's blocks first_block, first_block + 1, ..."""
@@ -61,10 +73,14 @@ class Ticket(_message.Message):
         first_block: _builtins.int = ...,
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
         lease_ms: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+        first_kv_head: _builtins.int = ...,
+        num_kv_heads: _builtins.int = ...,
+        writer_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "endpoint", b"endpoint", "first_block", b"first_block", "layout_fingerprint", b"layout_fingerprint", "lease_ms", b"lease_ms", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "block_size", b"block_size", "decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "endpoint", b"endpoint", "first_block", b"first_block", "first_kv_head", b"first_kv_head", "layout_fingerprint", b"layout_fingerprint", "lease_ms", b"lease_ms", "num_kv_heads", b"num_kv_heads", "ticket_id", b"ticket_id", "writer_rank", b"writer_rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -148,9 +164,11 @@ class Hello(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     SENDER_ID_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     layout_fingerprint: _builtins.str
+    """Stands for the model: pairs exchange KV only when it is equal."""
     sender_id: _builtins.int
     """Random, one for each sending object. A Hello on a new connection also says: of what this sender had under way on
     earlier connections to this receiver, nothing will be written any more.
@@ -161,6 +179,8 @@ class Hello(_message.Message):
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Transports that the sender is willing to use, best first."""
 
+    @_builtins.property
+    def format(self) -> Global___KVFormat: ...
     def __init__(
         self,
         *,
@@ -170,14 +190,52 @@ class Hello(_message.Message):
         host: Global___HostIdentity | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
         sender_id: _builtins.int = ...,
+        format: Global___KVFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "host", b"host"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "sender_id", b"sender_id", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "format", b"format", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "sender_id", b"sender_id", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class KVFormat(_message.Message):
+    """How a worker stores its KV; see segue/kv_layout.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DTYPE_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    NUM_RANKS_FIELD_NUMBER: _builtins.int
+    WIRE_DTYPE_FIELD_NUMBER: _builtins.int
+    dtype: _builtins.str
+    block_size: _builtins.int
+    rank: _builtins.int
+    """Of tensor-parallel ranks, which share the heads out evenly."""
+    num_ranks: _builtins.int
+    wire_dtype: _builtins.str
+    """In which format numbers travel over a network: both sides must name the same. Empty: as they are stored, and then both must
+    store them alike.
+    """
+    def __init__(
+        self,
+        *,
+        dtype: _builtins.str = ...,
+        block_size: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        num_ranks: _builtins.int = ...,
+        wire_dtype: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "num_ranks", b"num_ranks", "rank", b"rank", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KVFormat: _TypeAlias = KVFormat  # noqa: Y015
 
 @_typing.final
 class HostIdentity(_message.Message):
@@ -220,6 +278,7 @@ class Welcome(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     transport: _builtins.str
@@ -227,6 +286,8 @@ class Welcome(_message.Message):
     """Not empty: the pair cannot work together."""
     @_builtins.property
     def segment(self) -> Global___SharedSegment: ...
+    @_builtins.property
+    def format(self) -> Global___KVFormat: ...
     def __init__(
         self,
         *,
@@ -235,10 +296,11 @@ class Welcome(_message.Message):
         transport: _builtins.str = ...,
         segment: Global___SharedSegment | None = ...,
         refusal: _builtins.str = ...,
+        format: Global___KVFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "refusal", b"refusal", "segment", b"segment", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "format", b"format", "refusal", b"refusal", "segment", b"segment", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,7 @@ class LinkRequest(_message.Message):
 
     OPEN_FIELD_NUMBER: _builtins.int
     START_PREFILL_FIELD_NUMBER: _builtins.int
-    ATTACH_TICKET_FIELD_NUMBER: _builtins.int
+    ATTACH_TICKETS_FIELD_NUMBER: _builtins.int
     RESERVE_DECODE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -36,7 +36,7 @@ class LinkRequest(_message.Message):
     @_builtins.property
     def start_prefill(self) -> Global___StartPrefill: ...
     @_builtins.property
-    def attach_ticket(self) -> Global___AttachTicket: ...
+    def attach_tickets(self) -> Global___AttachTickets: ...
     @_builtins.property
     def reserve_decode(self) -> Global___ReserveDecode: ...
     @_builtins.property
@@ -46,15 +46,15 @@ class LinkRequest(_message.Message):
         *,
         open: Global___OpenLink | None = ...,
         start_prefill: Global___StartPrefill | None = ...,
-        attach_ticket: Global___AttachTicket | None = ...,
+        attach_tickets: Global___AttachTickets | None = ...,
         reserve_decode: Global___ReserveDecode | None = ...,
         cancel: Global___CancelSequence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach_ticket", b"attach_ticket", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_ticket", b"attach_ticket", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "start_prefill", "attach_ticket", "reserve_decode", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "start_prefill", "attach_tickets", "reserve_decode", "cancel"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -224,34 +224,34 @@ class StartPrefill(_message.Message):
 Global___StartPrefill: _TypeAlias = StartPrefill  # noqa: Y015
 
 @_typing.final
-class AttachTicket(_message.Message):
-    """The decode worker's ticket for a prefill that was started."""
+class AttachTickets(_message.Message):
+    """The decode worker's tickets for a prefill that was started."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    TICKET_FIELD_NUMBER: _builtins.int
+    TICKETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
-    def ticket(self) -> _transfer_pb2.Ticket: ...
+    def tickets(self) -> _containers.RepeatedCompositeFieldContainer[_transfer_pb2.Ticket]: ...
     def __init__(
         self,
         *,
         key: Global___SequenceKey | None = ...,
-        ticket: _transfer_pb2.Ticket | None = ...,
+        tickets: _abc.Iterable[_transfer_pb2.Ticket] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "tickets", b"tickets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AttachTicket: _TypeAlias = AttachTicket  # noqa: Y015
+Global___AttachTickets: _TypeAlias = AttachTickets  # noqa: Y015
 
 @_typing.final
 class ReserveDecode(_message.Message):
-    """Sets aside KV blocks for a prompt and answers with a ticket."""
+    """Sets aside KV blocks for a prompt and answers with tickets."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -259,8 +259,11 @@ class ReserveDecode(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
+    NUM_PREFILL_RANKS_FIELD_NUMBER: _builtins.int
     prefill_worker_id: _builtins.str
     """Who will write; the worker itself when both phases run in one."""
+    num_prefill_ranks: _builtins.int
+    """Its tensor-parallel ranks; each writes the heads that it computes."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -274,10 +277,11 @@ class ReserveDecode(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___Sampling | None = ...,
         prefill_worker_id: _builtins.str = ...,
+        num_prefill_ranks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "num_prefill_ranks", b"num_prefill_ranks", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -437,20 +441,22 @@ class DecodeReserved(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    TICKET_FIELD_NUMBER: _builtins.int
+    TICKETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
-    def ticket(self) -> _transfer_pb2.Ticket: ...
+    def tickets(self) -> _containers.RepeatedCompositeFieldContainer[_transfer_pb2.Ticket]:
+        """One for each pair of a prefill and a decode rank that have heads in common."""
+
     def __init__(
         self,
         *,
         key: Global___SequenceKey | None = ...,
-        ticket: _transfer_pb2.Ticket | None = ...,
+        tickets: _abc.Iterable[_transfer_pb2.Ticket] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "tickets", b"tickets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -601,6 +607,7 @@ class WorkerRecord(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    NUM_RANKS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -615,6 +622,8 @@ class WorkerRecord(_message.Message):
     block_size: _builtins.int
     total_blocks: _builtins.int
     draining: _builtins.bool
+    num_ranks: _builtins.int
+    """Tensor-parallel ranks."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefill, decode."""
@@ -635,10 +644,11 @@ class WorkerRecord(_message.Message):
         block_size: _builtins.int = ...,
         total_blocks: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        num_ranks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "pid", b"pid", "roles", b"roles", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "pid", b"pid", "roles", b"roles", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

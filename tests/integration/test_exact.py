@@ -123,6 +123,29 @@ async def test_each_phase_may_hold_its_weights_in_a_format_of_its_own(valkey: Va
     assert mixed != int8
 
 
+@pytest.mark.parametrize("kv_transport", ["shm", "tcp"])
+async def test_each_phase_may_cut_its_kv_into_blocks_of_its_own(
+    valkey: Valkey, tiny_model_dir: Path, reference_tokens: list[tuple[int, ...]], kv_transport: str
+) -> None:
+    sizes = {"block_size": 4, "decode_block_size": 16}
+    async with in_process_cluster(valkey.url, tiny_model_dir, kv_transport=kv_transport, **sizes) as cluster:
+        assert await answers(cluster.client, GREEDY, together=True) == reference_tokens
+        assert await answers(cluster.client, GREEDY, together=False) == reference_tokens
+
+
+async def test_kv_may_be_converted_on_its_way(
+    valkey: Valkey, tiny_model_dir: Path, reference_tokens: list[tuple[int, ...]]
+) -> None:
+    """Prefill computes in float32, decode stores bfloat16: both transports convert to the same numbers."""
+    ways = []
+    for transport in ("shm", "tcp"):
+        formats = {"decode_kv_dtype": "bfloat16", "kv_wire": "bfloat16", "kv_transport": transport}
+        async with in_process_cluster(valkey.url, tiny_model_dir, **formats) as cluster:
+            ways.append(await answers(cluster.client, GREEDY, together=False))
+    assert ways[0] == ways[1]
+    assert [tokens[0] for tokens in ways[0]] == [tokens[0] for tokens in reference_tokens]
+
+
 async def test_two_workers_of_each_role(valkey: Valkey, tiny_model_dir: Path, reference_tokens: list[tuple[int, ...]]) -> None:
     async with in_process_cluster(valkey.url, tiny_model_dir, prefill=2, decode=2) as cluster:
         assert await answers(cluster.client, GREEDY, together=True) == reference_tokens

@@ -46,6 +46,7 @@ class DecodeBatchMachine(RuleBasedStateMachine):
             link=RouterLink("r"),
             sequence=sequence,
             is_local=False,
+            num_prefill_ranks=1,
             block_hashes=hashes,
             num_published_blocks=lease.num_cached,
             admitted=self.loop.create_future(),

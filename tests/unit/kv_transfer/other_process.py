@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 
 def hang_while_writing() -> None:
-    def write(writer: object, parcel: object) -> list[memoryview]:
+    def write(writer: object, parcel: object, regions: object) -> list[memoryview]:
         say("writing")
         threading.Event().wait()
         return []
@@ -41,7 +41,7 @@ async def write(transport: str, ticket: pb.Ticket, memory: KVMemory) -> None:
     async with KVSender(WorkerIdentity("prefill-1", 1, LAYOUT.fingerprint()), memory, transports=(transport,)) as sender:
         push = await sender.open(ticket)
         for layer in range(LAYOUT.num_layers):
-            push.send(layer, [(0, 0), (1, 1)][: push.missing_blocks])
+            push.send(layer, [0, 1], range(len(ticket.block_ids)))
         revoked = asyncio.create_task(push.revoked.wait())
         revoked.add_done_callback(lambda _: say("revoked"))
         say(f"{push.transport} {await push.commit(1)}")

@@ -14,9 +14,9 @@ REGION_BYTES = 8
 
 def receiving(transport: str | None = "shm", num_blocks: int = 2) -> ReceivingTicket:
     """A ticket of two layers, open for WRITER unless `transport` is None."""
-    ticket = ReceivingTicket(1, num_layers=2, num_blocks=num_blocks, region_bytes=REGION_BYTES, lease_s=10.0, heard_s=0.0)
+    ticket = ReceivingTicket(1, num_layers=2, num_blocks=num_blocks, lease_s=10.0, heard_s=0.0)
     if transport is not None:
-        assert kinds(ticket.open(WRITER, transport, 0.0)) == ["opened"]
+        assert kinds(ticket.open(WRITER, transport, REGION_BYTES, 0.0)) == ["opened"]
     return ticket
 
 
@@ -108,7 +108,7 @@ def test_the_same_push_twice_changes_nothing_but_other_bytes_do():
 def test_strangers_change_nothing():
     ticket = receiving()
     push_all(ticket)
-    assert kinds(ticket.open(STRANGER, "shm", 5.0)) == ["revoke"]
+    assert kinds(ticket.open(STRANGER, "shm", REGION_BYTES, 5.0)) == ["revoke"]
     assert kinds(ticket.push(STRANGER, push(), [], 5.0)[1]) == ["revoke"]
     assert kinds(ticket.commit(STRANGER, pb.Commit(ticket_id=1), 5.0)) == ["revoke"]
     assert kinds(ticket.renew(STRANGER, 5.0)) == ["revoke"]
@@ -122,7 +122,7 @@ def test_an_unopened_ticket_is_fenced_at_once():
     ticket = receiving(None)
     assert kinds(ticket.revoke(Failure(TransferRefused, "taken back"))) == ["revoke"]
     assert ticket.is_fenced
-    assert kinds(ticket.open(WRITER, "shm", 0.0)) == ["revoke"]
+    assert kinds(ticket.open(WRITER, "shm", REGION_BYTES, 0.0)) == ["revoke"]
     assert ticket.is_fenced
 
 

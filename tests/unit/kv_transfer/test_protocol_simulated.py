@@ -33,7 +33,7 @@ class Simulation:
     def __init__(self, transport: str) -> None:
         self.transport = transport
         self.sender = SendingTicket(1, decode_epoch=3)
-        self.receiver = ReceivingTicket(1, NUM_LAYERS, NUM_BLOCKS, 8, lease_s=100.0, heard_s=0.0)
+        self.receiver = ReceivingTicket(1, NUM_LAYERS, NUM_BLOCKS, lease_s=100.0, heard_s=0.0)
         self.now_s = 0.0
         self.to_receiver: Frames = self.sender.open()
         self.to_sender: Frames = []
@@ -118,7 +118,7 @@ class Simulation:
         receiver, writer = self.receiver, self.sender
         match frame.WhichOneof("message"):
             case "open":
-                self.to_sender += receiver.open(writer, self.transport, self.now_s)
+                self.to_sender += receiver.open(writer, self.transport, 8, self.now_s)
             case "push":
                 push = frame.push
                 sizes = [8] * len(push.indices) if self.transport == "tcp" else []

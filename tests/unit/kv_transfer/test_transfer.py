@@ -32,7 +32,7 @@ async def transfer(transport):
                 incoming = receiver.expect(0, [5, 1])
                 push = await sender.open(incoming.ticket)
                 for layer in range(2):
-                    push.send(layer, [(2, 0), (3, 1)])
+                    push.send(layer, [2, 3], range(2))
                 committing = asyncio.create_task(push.commit(42))
                 assert (await incoming.arrival()).first_token == 42
                 incoming.accept()
@@ -47,10 +47,11 @@ print("done")
 
 async def hand_over(incoming: Any, push: Any, sources: list[int], num_layers: int, first_token: int = 42) -> int:
     """Pushes `sources` to the ticket's blocks in order, one by one at random, and takes them over."""
-    jobs = [(layer, source, index) for layer in range(num_layers) for index, source in enumerate(sources)]
+    first_block = push.ticket.first_block
+    jobs = [(layer, first_block + index) for layer in range(num_layers) for index in range(len(sources))]
     random.Random(first_token).shuffle(jobs)
-    for number, (layer, source, index) in enumerate(jobs):
-        push.send(layer, [(source, index)])
+    for number, (layer, block) in enumerate(jobs):
+        push.send(layer, [0] * first_block + sources, range(block, block + 1))
         if number % 5 == 0:
             await asyncio.sleep(0)
     committing = asyncio.create_task(push.commit(first_token))
@@ -69,9 +70,9 @@ async def test_regions_arrive_where_the_ticket_says(pair, transport):
     receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
     incoming = receiver.expect(0, [9, 3, 4, 30])
     push = await sender.open(incoming.ticket)
-    assert (push.transport, push.missing_blocks) == (transport, 4)
+    assert push.transport == transport
     for layer in range(pair.layout.num_layers):
-        push.send(layer, [(5, 0), (6, 1), (7, 2), (1, 3)])
+        push.send(layer, [5, 6, 7, 1], range(4))
     committing = asyncio.create_task(push.commit(42))
     arrival = await incoming.arrival()
     assert (arrival.first_token, arrival.transport) == (42, transport)
@@ -115,7 +116,6 @@ async def test_with_nothing_missing_only_a_commit_travels(pair, transport):
     receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
     incoming = receiver.expect(first_block=8, block_ids=[])
     push = await sender.open(incoming.ticket)
-    assert push.missing_blocks == 0
     assert await hand_over(incoming, push, [], pair.layout.num_layers) == 0
 
 
@@ -144,7 +144,7 @@ async def test_send_may_be_called_from_another_thread(pair, transport):
 
     def compute() -> None:
         for layer in range(pair.layout.num_layers):
-            push.send(layer, [(0, 0), (1, 1)])
+            push.send(layer, [0, 1], range(2))
 
     await asyncio.to_thread(compute)
     committing = asyncio.create_task(push.commit(1))
@@ -160,8 +160,8 @@ async def test_within_one_process_blocks_stay_where_they_are(pair):
     incoming = receiver.expect_local()
     assert incoming.ticket.endpoint == "local:"
     push = await sender.open(incoming.ticket)
-    assert (push.transport, push.missing_blocks) == ("local", 0)
-    push.send(0, [(4, 0), (5, 1)])
+    assert push.transport == "local"
+    push.send(0, [4, 5], range(2))
     committing = asyncio.create_task(push.commit(7, [4, 5]))
     arrival = await incoming.arrival()
     assert (arrival.first_token, arrival.num_bytes, arrival.source_blocks) == (7, 0, (4, 5))
@@ -217,12 +217,20 @@ async def test_tickets_name_different_blocks_of_the_memory(pair):
 async def test_bad_sends_are_refused_at_once(pair, transport):
     receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
     push = await sender.open(receiver.expect(0, [1]).ticket)
-    for layer, blocks in [(3, [(0, 0)]), (-1, [(0, 0)]), (0, [(24, 0)]), (0, [(0, 1)]), (0, [(0, -1)])]:
+    bad_sends: list[tuple[int, list[int], range]] = [
+        (3, [0], range(1)),
+        (-1, [0], range(1)),
+        (0, [24], range(1)),
+        (0, [0, 1], range(1, 2)),
+        (0, [0], range(-1, 1)),
+        (0, [], range(1)),
+    ]
+    for layer, source_blocks, blocks in bad_sends:
         with pytest.raises(ValueError, match=r"layer|block"):
-            push.send(layer, blocks)
+            push.send(layer, source_blocks, blocks)
     await push.abandon("done")
     with pytest.raises(ValueError, match="after commit"):
-        push.send(0, [(0, 0)])
+        push.send(0, [0], range(1))
 
 
 def test_it_runs_on_uvloop():

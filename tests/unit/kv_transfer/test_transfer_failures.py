@@ -16,6 +16,8 @@ from segue.errors import ChecksumMismatch, ConfigError, LeaseExpired, TransferEr
 from segue.v1 import transfer_pb2 as pb
 
 TIMEOUT_S = 30
+# How a raw peer says that it stores its KV: as the workers of these tests do.
+FORMAT = pb.KVFormat(dtype="float32", block_size=4, num_ranks=1)
 
 
 class RawPeer:
@@ -42,6 +44,7 @@ class RawPeer:
             host=host_identity(),
             transports=transports,
             sender_id=sender_id,
+            format=FORMAT,
         )
         await self.send(hello=hello)
         return await self.receive("welcome")
@@ -67,7 +70,7 @@ async def assert_still_serves(pair: Any, receiver: Any) -> None:
     incoming = receiver.expect(0, [31])
     push = await sender.open(incoming.ticket)
     for layer in range(pair.layout.num_layers):
-        push.send(layer, [(0, 0)])
+        push.send(layer, [0], range(1))
     committing = asyncio.create_task(push.commit(1))
     await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
     incoming.accept()
@@ -81,8 +84,8 @@ async def test_damaged_bytes_are_noticed(pair, transport, monkeypatch):
     push = await sender.open(incoming.ticket)
     honest = {"shm": ShmWriter, "tcp": TcpWriter}[transport].write
 
-    def damaging(writer: Any, parcel: Any) -> list[memoryview]:
-        payload = honest(writer, parcel)
+    def damaging(writer: Any, parcel: Any, regions: list[memoryview]) -> list[memoryview]:
+        payload = honest(writer, parcel, regions)
         if parcel.layer == 1 and transport == "shm":
             pair.target.region(1, 2)[5] ^= 1
         elif parcel.layer == 1:
@@ -93,7 +96,7 @@ async def test_damaged_bytes_are_noticed(pair, transport, monkeypatch):
 
     monkeypatch.setattr({"shm": ShmWriter, "tcp": TcpWriter}[transport], "write", damaging)
     for layer in range(pair.layout.num_layers):
-        push.send(layer, [(0, 0), (1, 1)])
+        push.send(layer, [0, 1], range(2))
     with pytest.raises(ChecksumMismatch, match="layer 1"):
         await push.commit(1)
     with pytest.raises(ChecksumMismatch, match="layer 1"):
@@ -106,7 +109,7 @@ async def test_abandoning_ends_both_sides(pair, transport):
     receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
     incoming = receiver.expect(0, [1])
     push = await sender.open(incoming.ticket)
-    push.send(0, [(0, 0)])
+    push.send(0, [0], range(1))
     assert await push.abandon("the client went away")
     assert not await push.abandon("again")
     with pytest.raises(TransferError, match="the client went away"):
@@ -120,13 +123,13 @@ async def test_taking_back_ends_both_sides(pair, transport):
     receiver, sender = await pair.receiver(), await pair.sender(transports=(transport,))
     incoming = receiver.expect(0, [1])
     push = await sender.open(incoming.ticket)
-    push.send(0, [(0, 0)])
+    push.send(0, [0], range(1))
     await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
     with pytest.raises(TransferRefused, match="taken back"):
         await incoming.arrival()
     await asyncio.wait_for(push.revoked.wait(), TIMEOUT_S)
     before = bytes(pair.target.buffer)
-    push.send(1, [(3, 0)])
+    push.send(1, [3], range(1))
     with pytest.raises(TransferRefused, match="taken back"):
         await push.commit(1)
     assert bytes(pair.target.buffer) == before
@@ -142,14 +145,14 @@ async def test_the_fence_waits_for_a_write_in_place_that_is_under_way(pair, monk
     loop, begun, may_go_on = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     honest = ShmWriter.write
 
-    def slow(writer: Any, parcel: Any) -> list[memoryview]:
+    def slow(writer: Any, parcel: Any, regions: list[memoryview]) -> list[memoryview]:
         loop.call_soon_threadsafe(begun.set)
         asyncio.run_coroutine_threadsafe(may_go_on.wait(), loop).result(TIMEOUT_S)
-        return honest(writer, parcel)
+        return honest(writer, parcel, regions)
 
     monkeypatch.setattr(ShmWriter, "write", slow)
-    push.send(0, [(0, 0)])
-    push.send(1, [(0, 0)])
+    push.send(0, [0], range(1))
+    push.send(1, [0], range(1))
     await begun.wait()
     fencing = asyncio.create_task(incoming.fence())
     abandoning = asyncio.create_task(push.abandon("cancelled"))
@@ -169,7 +172,7 @@ async def test_abandon_commit_and_fence_may_race(pair, transport, rounds):
         incoming = receiver.expect(0, [1, 2])
         push = await sender.open(incoming.ticket)
         for layer in range(pair.layout.num_layers):
-            push.send(layer, [(number % 20, 0), (3, 1)])
+            push.send(layer, [number % 20, 3], range(2))
         racers = [push.commit(1), incoming.arrival(), push.abandon("race"), incoming.fence()]
         order = [racers[(number + offset) % 4] for offset in range(4)]
         ends = await asyncio.wait_for(asyncio.gather(*order, return_exceptions=True), TIMEOUT_S)
@@ -399,7 +402,7 @@ async def test_an_early_commit_fails(pair):
     receiver, sender = await pair.receiver(), await pair.sender(transports=("tcp",))
     incoming = receiver.expect(0, [1])
     push = await sender.open(incoming.ticket)
-    push.send(0, [(0, 0)])
+    push.send(0, [0], range(1))
     with pytest.raises(TransferError, match="2 regions missing"):
         await push.commit(1)
     with pytest.raises(TransferError, match="2 regions missing"):
@@ -482,6 +485,8 @@ class RawReceiver:
             layout_fingerprint=pair.layout.fingerprint(),
             block_ids=[0],
             lease_ms=60_000,
+            block_size=pair.layout.block_size,
+            num_kv_heads=pair.layout.num_kv_heads,
         )
 
 
@@ -498,7 +503,7 @@ async def test_every_revoke_is_answered(pair, raw_receiver):
     sender = await pair.sender()
     opening = asyncio.create_task(sender.open(raw_receiver.ticket(pair)))
     await raw_receiver.receive("hello")
-    await raw_receiver.send(welcome=pb.Welcome(worker_id="raw", epoch=1, transport="tcp"))
+    await raw_receiver.send(welcome=pb.Welcome(worker_id="raw", epoch=1, transport="tcp", format=FORMAT))
     await raw_receiver.receive("open")
     await raw_receiver.send(revoke=pb.Revoke(ticket_id=99))
     assert (await raw_receiver.receive("revoked")).ticket_id == 99
@@ -522,6 +527,7 @@ async def test_a_receiver_that_does_not_answer_is_given_up(pair, raw_receiver, m
     ("welcome", "problem"),
     [
         (pb.Welcome(worker_id="raw", epoch=2, transport="tcp"), "epoch 2"),
+        (pb.Welcome(worker_id="raw", epoch=1, transport="tcp"), "kv_wire"),
         (pb.Welcome(worker_id="another", epoch=1, transport="tcp"), "another"),
         (pb.Welcome(worker_id="raw", epoch=1, transport="rdma"), "not offered"),
         (pb.Welcome(worker_id="raw", epoch=1, refusal="we do not match"), "we do not match"),

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.identity import host_identity
+from kv_transfer.plan import contiguous_runs
 from kv_transfer.transports import (
     MAX_PUSH_BLOCKS,
     MAX_PUSH_BYTES,
     check_transports,
     choose_transport,
-    contiguous_runs,
     plan_parcels,
 )
 from segue.errors import ConfigError
@@ -62,10 +62,9 @@ def test_runs_cover_everything_once_and_count_up(pairs):
 @given(st.integers(0, 1200), st.sampled_from([64, 24_576, MAX_PUSH_BYTES, 3 * MAX_PUSH_BYTES]))
 def test_parcels_are_bounded_and_complete(num_blocks, region_bytes):
     block_ids = [7 * index for index in range(num_blocks)]
-    blocks = [(1000 + index, index) for index in range(num_blocks)]
-    parcels = list(plan_parcels(2, blocks, block_ids, region_bytes))
-    assert [pair for parcel in parcels for pair in zip(parcel.sources, parcel.indices, strict=True)] == blocks
+    parcels = list(plan_parcels(2, range(num_blocks), block_ids, region_bytes))
+    assert [index for parcel in parcels for index in parcel.indices] == list(range(num_blocks))
     for parcel in parcels:
-        assert parcel.targets == tuple(block_ids[index] for index in parcel.indices)
-        assert len(parcel.sources) <= MAX_PUSH_BLOCKS
-        assert len(parcel.sources) == 1 or len(parcel.sources) * region_bytes <= MAX_PUSH_BYTES
+        assert parcel.targets == [block_ids[index] for index in parcel.indices]
+        assert len(parcel.targets) <= MAX_PUSH_BLOCKS
+        assert len(parcel.targets) == 1 or len(parcel.targets) * region_bytes <= MAX_PUSH_BYTES

@@ -93,7 +93,7 @@ async def test_a_killed_receiver_ends_the_pushes_to_it(pair, transport):
     async with other_process("receive") as receiver:
         ticket = pb.Ticket.FromString(bytes.fromhex(await read_line(receiver)))
         push = await sender.open(ticket)
-        push.send(0, [(0, 0)])
+        push.send(0, [0], range(1))
         receiver.kill()
         await asyncio.wait_for(push.revoked.wait(), TIMEOUT_S)
         with pytest.raises(TransferError, match="lost"):

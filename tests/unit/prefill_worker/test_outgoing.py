@@ -5,44 +5,45 @@ from hypothesis import strategies as st
 
 from prefill_worker.outgoing import OutgoingKV
 from prefill_worker.scheduling import plan_chunks
-from segue.kv_layout import KVLayout
+
+SOURCE_BLOCKS = [7, 3, 5]
 
 
 class RecordingSink:
-    def __init__(self) -> None:
-        self.sent: list[tuple[int, int, int]] = []
+    def __init__(self, first_block: int, block_size: int) -> None:
+        self.first_block = first_block
+        self.block_size = block_size
+        self.sent: list[tuple[int, int]] = []
 
-    def send(self, layer: int, blocks: Sequence[tuple[int, int]]) -> None:
-        self.sent += [(layer, source, index) for source, index in blocks]
+    def send(self, layer: int, source_blocks: Sequence[int], blocks: range) -> None:
+        assert source_blocks == SOURCE_BLOCKS
+        self.sent += [(layer, block) for block in blocks]
 
 
 @given(
     num_tokens=st.integers(1, 40),
     block_size=st.integers(1, 8),
     chunk=st.integers(1, 16),
-    cached_blocks=st.integers(0, 3),
+    cached_tokens=st.integers(0, 39),
     first_block=st.integers(0, 12),
     attach_after=st.integers(0, 12),
 )
 def test_every_missing_block_goes_out_once_whenever_the_ticket_comes(
-    num_tokens: int, block_size: int, chunk: int, cached_blocks: int, first_block: int, attach_after: int
+    num_tokens: int, block_size: int, chunk: int, cached_tokens: int, first_block: int, attach_after: int
 ) -> None:
-    layout = KVLayout(2, 1, 4, block_size, "float32", "r")
-    num_blocks = layout.num_blocks_for(num_tokens)
-    first_block = min(first_block, num_blocks)
-    cached_tokens = min(cached_blocks, (num_tokens - 1) // block_size) * block_size
-    block_ids = [100 + i for i in range(num_blocks)]
-    outgoing, sink = OutgoingKV(layout, num_tokens), RecordingSink()
+    num_blocks = -(-num_tokens // block_size)
+    cached_tokens = min(cached_tokens, num_tokens - 1)
+    outgoing, sink = OutgoingKV(2, num_tokens), RecordingSink(min(first_block, num_blocks), block_size)
     events = 0
 
     def tick() -> None:
         nonlocal events
         if events == attach_after:
-            outgoing.attach(sink, first_block)
+            outgoing.attach(sink)
         events += 1
 
     tick()
-    outgoing.begin(block_ids, cached_tokens)
+    outgoing.begin(SOURCE_BLOCKS, cached_tokens)
     done = cached_tokens
     while done < num_tokens:
         done = min(done + chunk, num_tokens)
@@ -50,11 +51,10 @@ def test_every_missing_block_goes_out_once_whenever_the_ticket_comes(
             tick()
             outgoing.layer_done(layer, done)
             whole = num_blocks if done == num_tokens else done // block_size
-            assert all(index + first_block < whole for at, _, index in sink.sent if at == layer)
+            assert all(block < whole for at, block in sink.sent if at == layer)
     if events <= attach_after:
-        outgoing.attach(sink, first_block)
-    expected = [(layer, block_ids[i], i - first_block) for layer in range(2) for i in range(first_block, num_blocks)]
-    assert sorted(sink.sent) == sorted(expected)
+        outgoing.attach(sink)
+    assert sorted(sink.sent) == [(layer, block) for layer in range(2) for block in range(sink.first_block, num_blocks)]
 
 
 @given(st.lists(st.integers(1, 50), max_size=8), st.integers(1, 40))

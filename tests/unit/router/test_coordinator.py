@@ -84,9 +84,9 @@ async def scripted_worker(membership: Membership, worker_id: str, script: Script
 
 def prefill_script(link: RouterLink, message: pb.LinkRequest) -> None:
     """First token 10 as soon as the ticket is there, or at once when none will come."""
-    if message.HasField("attach_ticket") or (message.HasField("start_prefill") and not message.start_prefill.hand_over):
-        key = message.attach_ticket.key if message.HasField("attach_ticket") else message.start_prefill.key
-        reason = 0 if message.HasField("attach_ticket") else FINISH_REASON_LENGTH
+    if message.HasField("attach_tickets") or (message.HasField("start_prefill") and not message.start_prefill.hand_over):
+        key = message.attach_tickets.key if message.HasField("attach_tickets") else message.start_prefill.key
+        reason = 0 if message.HasField("attach_tickets") else FINISH_REASON_LENGTH
         first = pb.FirstToken(key=key, token=Token(id=10), finish_reason=reason, cached_tokens=3)
         link.send(pb.LinkResponse(first_token=first))
         link.send(pb.LinkResponse(prefill_released=pb.PrefillReleased(key=key)))
@@ -96,7 +96,7 @@ def decode_script(link: RouterLink, message: pb.LinkRequest) -> None:
     """Grants a ticket, starts, and sends 11 and 12."""
     if message.HasField("reserve_decode"):
         key = message.reserve_decode.key
-        link.send(pb.LinkResponse(decode_reserved=pb.DecodeReserved(key=key, ticket=Ticket(ticket_id=1))))
+        link.send(pb.LinkResponse(decode_reserved=pb.DecodeReserved(key=key, tickets=[Ticket(ticket_id=1)])))
         started = pb.DecodeStarted(key=key, cached_tokens=2, transferred_bytes=99, transport="tcp")
         link.send(pb.LinkResponse(decode_started=started))
         for token_id, reason in ((11, 0), (12, FINISH_REASON_STOP)):
@@ -143,7 +143,7 @@ async def test_a_sequence_goes_through_both_legs(membership: Membership) -> None
         assert (path.transferred_bytes, path.transport) == (99, "tcp")
         await prefill.leg.cancelled.wait()
         await decode.leg.cancelled.wait()
-        assert prefill.leg.heard == ["start_prefill", "attach_ticket", "cancel"]
+        assert prefill.leg.heard == ["start_prefill", "attach_tickets", "cancel"]
         assert decode.leg.heard == ["reserve_decode", "cancel"]
         assert [worker.load.free_blocks for worker in coordinator.status().workers] == [5, 5]
         assert all(link.prefill_tokens == link.decode_sequences == 0 for link in coordinator._workers.all())

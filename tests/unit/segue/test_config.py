@@ -72,6 +72,22 @@ def test_workers_that_only_decode_may_hold_their_weights_otherwise() -> None:
     assert own("decode", quantization="int8", decode_quantization="none") == "none"
 
 
+def test_workers_that_only_decode_may_cut_and_store_their_kv_otherwise() -> None:
+    fields = {"cluster_id": "c", "redis": "r", "worker_id": "w", "model_dir": Path("/m"), "model_name": "m"}
+    others = {"decode_block_size": 8, "decode_kv_dtype": "int8", "kv_wire": "bfloat16"}
+
+    def own(roles: str, **settings: object) -> tuple[int, str]:
+        kv = WorkerSettings.load(flags=fields | {"roles": roles} | settings, env={}).own_kv
+        return kv.block_size, kv.kv_dtype
+
+    assert own("decode", block_size=16) == (16, "auto")
+    assert [own(roles, **others) for roles in ("prefill", "decode", "prefill,decode")] == [
+        (32, "auto"),
+        (8, "int8"),
+        (32, "auto"),
+    ]
+
+
 def test_weights_name_what_makes_kv_differ() -> None:
     assert EngineSettings().weights == "float32"
     assert EngineSettings(keep_float=("head",)).weights == "float32"
