@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
-from kv_transfer.handover import Reservation
+from kv_transfer.handover import HandOver, Reservation
 from segue.errors import SegueError
 from segue.runtime import event_that_is_set
 from segue.v1 import worker_pb2 as pb
@@ -27,6 +27,10 @@ class DecodeJob:
     num_published_blocks: int = 0
     # The tickets; must be fenced before the blocks are given back.
     reservation: Reservation | None = None
+    # Sends prefill what it lacks of the prompt's beginning.
+    returning: asyncio.Task[None] | None = None
+    # Must be abandoned before the blocks are given back.
+    returned: HandOver | None = None
     # Done when memory was leased (at once, if local).
     admitted: asyncio.Future[None] = field(default_factory=asyncio.Future)
     # Done when the last token is out; holds the error if there was one.

@@ -9,6 +9,8 @@ Beside the jobs runs one loop (`run`): plan, compute a step, settle. A step's to
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
@@ -18,17 +20,21 @@ from decode_worker.job import DecodeJob
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step import Chunk
-from kv_transfer.handover import Reservation
+from kv_transfer.handover import HandOver, Reservation
 from kv_transfer.receiver import Arrival, KVReceiver
-from segue.errors import InternalError, InvalidRequest, SegueError, TransferError
+from kv_transfer.sender import KVSender
+from segue.errors import InternalError, InvalidRequest, SegueError, TransferError, TransferRefused
 from segue.jobs import JobTable
 from segue.prefix import block_hashes
 from segue.runtime import Wakeups
 from segue.sampling import GeneratedToken
 from segue.v1 import worker_pb2 as pb
 from segue.v1.inference_pb2 import WorkerLoad
+from segue.v1.transfer_pb2 import Ticket
 from segue.wire import finish_reason_to_pb, sampling_from_pb, token_to_pb
 from segue.worker_link import RouterLink
+
+logger = logging.getLogger(__name__)
 
 
 class DecodeService:
@@ -38,6 +44,7 @@ class DecodeService:
         self,
         engine: Engine,
         receiver: KVReceiver,
+        sender: KVSender,
         wakeups: Wakeups,
         *,
         worker_id: str,
@@ -46,6 +53,7 @@ class DecodeService:
     ) -> None:
         self._engine = engine
         self._receiver = receiver
+        self._sender = sender
         self._wakeups = wakeups
         self._wake = wakeups.listener()
         self._worker_id = worker_id
@@ -63,6 +71,8 @@ class DecodeService:
         match message.WhichOneof("message"):
             case "reserve_decode":
                 self._start(link, message.reserve_decode)
+            case "send_kv":
+                self._send(message.send_kv.key, message.send_kv.tickets)
             case "cancel":
                 self._jobs.cancel(message.cancel.key)
 
@@ -137,6 +147,30 @@ class DecodeService:
         blocks = lease.block_ids[lease.num_cached :]
         return Reservation.of(self._receiver, lease.num_cached, blocks, job.num_prefill_ranks)
 
+    def _send(self, key: pb.SequenceKey, tickets: SequenceOf[Ticket]) -> None:
+        job = self._jobs.get(key)
+        if job is not None and job.reservation is not None and job.returning is None:
+            job.returning = asyncio.create_task(self._return(job, tickets))
+
+    async def _return(self, job: DecodeJob, tickets: SequenceOf[Ticket]) -> None:
+        """Sends prefill blocks that came out of the prefix cache here. Should that fail, prefill computes them."""
+        lease, layout = job.sequence.lease, self._engine.layout
+        assert lease is not None
+        cached = lease.block_ids[: lease.num_cached]
+        try:
+            job.returned = await HandOver.open(self._sender, tickets)
+            wanted = job.returned.wanted
+            if wanted.stop * job.returned.block_size > len(cached) * layout.block_size:
+                raise TransferRefused(f"prefill wants blocks {wanted}, of which decode has fewer")
+            for layer in range(layout.num_layers):
+                job.returned.send(layer, cached, wanted)
+            await job.returned.commit(0, ())
+        except TransferError as error:
+            self._num_failed_transfers += 1
+            logger.warning("cannot send prefill what it lacks of %s: %s", job.sequence.key, error.message)
+            if job.returned is not None:
+                await job.returned.abandon(error.message)
+
     def _take_over(self, job: DecodeJob, arrival: Arrival) -> int:
         """The prompt's KV is here: the sequence joins the batch. Gives the number of prompt tokens that were cached here."""
         sequence = job.sequence
@@ -160,6 +194,11 @@ class DecodeService:
             self._waiting.remove(job)
         self._batch.remove(job)
         await job.idle.wait()
+        if job.returning is not None:
+            job.returning.cancel()
+            await asyncio.gather(job.returning, return_exceptions=True)
+        if job.returned is not None:
+            await job.returned.abandon("the decode leg ended")
         if job.reservation is not None:
             await job.reservation.fence()
         if job.sequence.lease is not None:

@@ -65,8 +65,8 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         engine, memory = _load(settings)
         stack.callback(memory.close)
         stack.callback(engine.close)
-        worker = Worker(settings, engine, epoch=await membership.next_epoch())
-        await stack.enter_async_context(worker.legs(memory))
+        worker = Worker(settings, engine, memory, epoch=await membership.next_epoch())
+        await stack.enter_async_context(worker.legs())
         await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
         yield worker
@@ -106,6 +106,7 @@ def _load(settings: WorkerSettings) -> tuple[Engine, KVMemory]:
 class Worker:
     settings: WorkerSettings
     engine: Engine
+    memory: KVMemory
     epoch: int
     address: str = ""
     draining: bool = False
@@ -113,28 +114,32 @@ class Worker:
     servicer: WorkerLinkServicer | None = None
 
     @asynccontextmanager
-    async def legs(self, memory: KVMemory) -> AsyncIterator[None]:
+    async def legs(self) -> AsyncIterator[None]:
         """The services of this worker's roles, each with its loop running."""
         settings, wakeups = self.settings, Wakeups()
         identity = WorkerIdentity(settings.worker_id, self.epoch, self.engine.layout.fingerprint())
         transports = _BOTH_TRANSPORTS if settings.kv_transport == "auto" else (settings.kv_transport,)
-        receiver: KVReceiver | None = None
         loops = []
         async with AsyncExitStack() as stack:
-            if "decode" in settings.roles:
-                receiver = await stack.enter_async_context(
-                    KVReceiver(
-                        identity,
-                        memory,
-                        host=settings.host,
-                        transports=transports,
-                        lease_ms=settings.ticket_lease_ms,
-                        wire_dtype=settings.wire_dtype,
-                    )
+            # Both in every worker: prompts' KV goes to decode, and what decode has of a conversation goes back to prefill.
+            receiver = await stack.enter_async_context(
+                KVReceiver(
+                    identity,
+                    self.memory,
+                    host=settings.host,
+                    transports=transports,
+                    lease_ms=settings.ticket_lease_ms,
+                    wire_dtype=settings.wire_dtype,
                 )
+            )
+            sender = await stack.enter_async_context(
+                KVSender(identity, self.memory, transports=transports, local=receiver, wire_dtype=settings.wire_dtype)
+            )
+            if "decode" in settings.roles:
                 decode = DecodeService(
                     self.engine,
                     receiver,
+                    sender,
                     wakeups,
                     worker_id=settings.worker_id,
                     max_sequences=settings.max_batch,
@@ -143,10 +148,7 @@ class Worker:
                 self.active_legs.append(decode)
                 loops.append(decode.run())
             if "prefill" in settings.roles:
-                sender = await stack.enter_async_context(
-                    KVSender(identity, memory, transports=transports, local=receiver, wire_dtype=settings.wire_dtype)
-                )
-                prefill = PrefillService(self.engine, sender, wakeups, max_step_tokens=settings.max_prefill_tokens)
+                prefill = PrefillService(self.engine, sender, receiver, wakeups, max_step_tokens=settings.max_prefill_tokens)
                 self.active_legs.append(prefill)
                 loops.append(prefill.run())
             async with background(*loops):

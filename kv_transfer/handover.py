@@ -33,7 +33,7 @@ async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 class Reservation:
-    """The decode side: blocks that the ranks of one prefill worker may write."""
+    """The receiving side: blocks that the ranks of one other worker may write."""
 
     def __init__(self, parts: Sequence[Incoming]) -> None:
         self._parts = parts
@@ -45,7 +45,7 @@ class Reservation:
 
     @classmethod
     def of(cls, receiver: KVReceiver, first_block: int, block_ids: Sequence[int], num_writers: int) -> Reservation:
-        """For a prefill worker of `num_writers` ranks, to write the prompt's blocks from `first_block` on into `block_ids`.
+        """For a worker of `num_writers` ranks, to write the prompt's blocks from `first_block` on into `block_ids`.
         Raises TransferRefused when the heads cannot be shared out so."""
         shares = [(rank, shared_heads(receiver.layout, rank, num_writers)) for rank in range(num_writers)]
         return cls([receiver.expect(first_block, block_ids, heads, rank) for rank, heads in shares if heads])
@@ -71,7 +71,7 @@ class Reservation:
 
 
 class HandOver:
-    """The prefill side: pushes to the ranks of one decode worker."""
+    """The sending side: pushes to the ranks of one other worker."""
 
     def __init__(self, pushes: Sequence[Push]) -> None:
         self._pushes = pushes
@@ -80,7 +80,7 @@ class HandOver:
     async def open(cls, sender: KVSender, tickets: Sequence[pb.Ticket]) -> HandOver:
         """Raises as `KVSender.open`; whatever was opened is then given back."""
         if not tickets:
-            raise TransferRefused("the decode worker gave no ticket")
+            raise TransferRefused("the other worker gave no ticket")
         opening = [asyncio.create_task(sender.open(ticket)) for ticket in tickets]
         try:
             return cls(await asyncio.gather(*opening))
@@ -92,12 +92,14 @@ class HandOver:
             raise
 
     @property
-    def first_block(self) -> int:
-        """Of the prompt's blocks the first that is wanted, as the decode worker counts them."""
-        return self._pushes[0].ticket.first_block
+    def wanted(self) -> range:
+        """The prompt's blocks that the tickets are for, as the receiving worker cuts the prompt."""
+        ticket = self._pushes[0].ticket
+        return range(ticket.first_block, ticket.first_block + len(ticket.block_ids))
 
     @property
     def block_size(self) -> int:
+        """Tokens in one of them."""
         return self._pushes[0].ticket.block_size
 
     def send(self, layer: int, source_blocks: Sequence[int], blocks: range) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
-from kv_transfer.handover import HandOver
+from kv_transfer.handover import HandOver, Reservation
 from prefill_worker.outgoing import OutgoingKV
 from segue.errors import InternalError, SegueError
 from segue.runtime import event_that_is_set
@@ -25,7 +25,11 @@ class PrefillJob:
     # Hashes of the prompt's full blocks.
     block_hashes: list[bytes]
     outgoing: OutgoingKV
+    # Tensor-parallel ranks of the decode worker.
+    num_decode_ranks: int
     cached_tokens: int = 0
+    # Fetched from the decode worker.
+    pulled_tokens: int = 0
     num_published_blocks: int = 0
     first_token: asyncio.Future[GeneratedToken] = field(default_factory=asyncio.Future)
     # Done when the tickets came and the decode worker answered.
@@ -33,13 +37,17 @@ class PrefillJob:
     opening: asyncio.Task[None] | None = None
     # Must be abandoned before the blocks are given back, whatever became of the job.
     opened: HandOver | None = None
+    # Fetches what decode has of the prompt, before the rest is computed.
+    pulling: asyncio.Task[None] | None = None
+    # What decode may write for that; must be fenced before the blocks are given back.
+    pulled: Reservation | None = None
     # Clear while a step computes this sequence: its blocks are being written.
     idle: asyncio.Event = field(default_factory=event_that_is_set)
 
-    def on_opened(self, opening: asyncio.Task[None]) -> None:
-        """A defect while the tickets were being attached ends the job; it would wait for the hand-over forever."""
-        if not opening.cancelled() and (error := opening.exception()) is not None:
-            self.fail(InternalError(f"attaching the tickets failed: {error!r}"))
+    def on_task_end(self, task: asyncio.Task[None]) -> None:
+        """A defect in one of the job's tasks ends the job, which would wait for it forever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(InternalError(f"{task.get_name()} failed: {error!r}"))
 
     def fail(self, error: SegueError) -> None:
         """Ends the job with `error` wherever it waits now."""

@@ -12,8 +12,8 @@ from typing import Protocol
 
 class BlockSink(Protocol):
     @property
-    def first_block(self) -> int:
-        """The prompt's first block that is wanted."""
+    def wanted(self) -> range:
+        """The prompt's blocks that it takes: all from some block on."""
 
     @property
     def block_size(self) -> int:
@@ -32,16 +32,16 @@ class OutgoingKV:
         self._computed = [0] * num_layers
         self._sent = [0] * num_layers
 
-    def begin(self, block_ids: Sequence[int], num_cached_tokens: int) -> None:
-        """Memory was leased; the first `num_cached_tokens` are computed in every layer."""
+    def begin(self, block_ids: Sequence[int], num_tokens: int) -> None:
+        """The prompt lies in `block_ids`; the KV of its first `num_tokens` tokens is there in every layer."""
         self._source_blocks = block_ids
         for layer in range(len(self._computed)):
-            self.layer_done(layer, num_cached_tokens)
+            self.layer_done(layer, num_tokens)
 
     def attach(self, sink: BlockSink) -> None:
         """The ticket came."""
         self._sink = sink
-        self._sent = [sink.first_block] * len(self._sent)
+        self._sent = [sink.wanted.start] * len(self._sent)
         for layer in range(len(self._sent)):
             self._flush(layer)
 

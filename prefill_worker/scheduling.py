@@ -1,4 +1,4 @@
-"""What the next prefill step computes: a pure decision."""
+"""What the next prefill step computes, and what need not be computed: pure decisions."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def plan_chunks(remaining: Sequence[int], max_tokens: int) -> list[int]:
         chunks.append(min(num_tokens, max_tokens))
         max_tokens -= chunks[-1]
     return chunks
+
+
+# Fewer tokens are computed sooner than they are asked for and sent.
+_MIN_PULLED_TOKENS = 16
+
+
+def plan_pull(num_computed: int, num_prompt_tokens: int, num_decode_tokens: int, block_size: int) -> range:
+    """The prompt's blocks to fetch from the decode worker, which has the KV of the first `num_decode_tokens` tokens; none where
+    it is not worth it. The prompt's last token is always computed here: its logits are what the prompt is computed for.
+    """
+    start = num_computed // block_size
+    stop = min(num_decode_tokens, num_prompt_tokens - 1) // block_size
+    return range(start, stop) if stop * block_size - num_computed >= _MIN_PULLED_TOKENS else range(0)

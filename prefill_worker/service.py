@@ -4,12 +4,16 @@ The life of a job, one task each (`_serve`):
 
     waiting for memory → computing, in chunks shared with others → first token out → push committed → released
 
+Where the decode worker has more of the prompt than this one, from an earlier turn of a conversation, that is fetched before or
+between chunks (`_pull`) instead of being computed.
+
 Beside the jobs runs one loop (`run`): admit, compute a step, settle. Layers are pushed from within the step, as they are done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
@@ -17,11 +21,12 @@ from contextlib import suppress
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step import Chunk
-from kv_transfer.handover import HandOver
+from kv_transfer.handover import HandOver, Reservation
+from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from prefill_worker.job import PrefillJob
 from prefill_worker.outgoing import OutgoingKV
-from prefill_worker.scheduling import plan_chunks
+from prefill_worker.scheduling import plan_chunks, plan_pull
 from segue.errors import InternalError, InvalidRequest, SegueError, TransferError
 from segue.jobs import JobTable
 from segue.prefix import block_hashes
@@ -33,19 +38,28 @@ from segue.v1.transfer_pb2 import Ticket
 from segue.wire import finish_reason_to_pb, sampling_from_pb, token_to_pb
 from segue.worker_link import RouterLink
 
+logger = logging.getLogger(__name__)
+
+# A decode worker that has room grants tickets within a few milliseconds; one that has none is not waited for.
+_TICKET_PATIENCE_S = 0.05
+
 
 class PrefillService:
     """One leg of a worker. `wakeups` is shared with whatever else takes memory from the same engine."""
 
-    def __init__(self, engine: Engine, sender: KVSender, wakeups: Wakeups, *, max_step_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, sender: KVSender, receiver: KVReceiver, wakeups: Wakeups, *, max_step_tokens: int
+    ) -> None:
         self._engine = engine
         self._sender = sender
+        self._receiver = receiver
         self._wakeups = wakeups
         self._wake = wakeups.listener()
         self._max_step_tokens = max_step_tokens
         self._jobs: JobTable[PrefillJob] = JobTable()
-        # Oldest first. A job is in one of the two until its prompt is computed or it ends.
+        # A job is in one of the three until its prompt is computed or it ends. Oldest first, but for what was pulled meanwhile.
         self._waiting: deque[PrefillJob] = deque()
+        self._pulling: list[PrefillJob] = []
         self._computing: list[PrefillJob] = []
         self._num_prefilled_tokens = 0
         self._num_hit_tokens = 0
@@ -69,7 +83,7 @@ class PrefillService:
     def add_load(self, load: WorkerLoad) -> None:
         load.waiting_requests += len(self._waiting)
         load.running_requests += len(self._jobs) - len(self._waiting)
-        load.queued_tokens += sum(job.sequence.num_uncomputed for job in (*self._waiting, *self._computing))
+        load.queued_tokens += sum(job.sequence.num_uncomputed for job in (*self._waiting, *self._pulling, *self._computing))
         load.prefilled_tokens += self._num_prefilled_tokens
         load.prefix_hit_tokens += self._num_hit_tokens
         load.transferred_bytes += self._num_transferred_bytes
@@ -100,6 +114,7 @@ class PrefillService:
             hands_over=message.hand_over,
             block_hashes=block_hashes(token_ids, layout.block_size),
             outgoing=OutgoingKV(layout.num_layers, len(token_ids)),
+            num_decode_ranks=message.num_decode_ranks,
         )
         if self._jobs.start(job, self._serve(job), self._release):
             self._waiting.append(job)
@@ -116,6 +131,7 @@ class PrefillService:
                         token=token_to_pb(token),
                         finish_reason=finish_reason_to_pb(finish_reason),
                         cached_tokens=job.cached_tokens,
+                        pulled_tokens=job.pulled_tokens,
                     )
                 )
             )
@@ -133,15 +149,19 @@ class PrefillService:
 
     async def _release(self, job: PrefillJob) -> None:
         """Takes the job out of every queue, waits until nothing writes or reads its blocks, and gives them back."""
-        with suppress(ValueError):
-            self._waiting.remove(job)
+        for queue in (self._waiting, self._pulling):
+            with suppress(ValueError):
+                queue.remove(job)
+        tasks = [task for task in (job.opening, job.pulling) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._stop_computing(job)
         await job.idle.wait()
-        if job.opening is not None:
-            job.opening.cancel()
-            await asyncio.gather(job.opening, return_exceptions=True)
         if job.opened is not None:
             await job.opened.abandon("the prefill leg ended")
+        if job.pulled is not None:
+            await job.pulled.fence()
         if job.sequence.lease is not None:
             self._engine.pool.release(job.sequence.lease)
         self._wakeups.notify()
@@ -149,8 +169,8 @@ class PrefillService:
     def _attach(self, key: pb.SequenceKey, tickets: SequenceOf[Ticket]) -> None:
         job = self._jobs.get(key)
         if job is not None and job.opening is None:
-            job.opening = asyncio.create_task(self._open(job, tickets))
-            job.opening.add_done_callback(job.on_opened)
+            job.opening = asyncio.create_task(self._open(job, tickets), name="attaching the tickets")
+            job.opening.add_done_callback(job.on_task_end)
 
     async def _open(self, job: PrefillJob, tickets: SequenceOf[Ticket]) -> None:
         try:
@@ -195,7 +215,55 @@ class PrefillService:
             self._num_hit_tokens += job.cached_tokens
             job.num_published_blocks = lease.num_cached
             job.outgoing.begin(lease.block_ids, job.cached_tokens)
-            self._computing.append(job)
+            if job.cached_tokens and job.hands_over:
+                self._begin_pull(job)
+            else:
+                self._computing.append(job)
+
+    # What decode has of a prompt
+
+    def _pullable(self, job: PrefillJob) -> range:
+        """Blocks that decode, as its tickets tell, has and this worker has not."""
+        if job.opened is None or job.pulled is not None:
+            return range(0)
+        num_decode_tokens = job.opened.wanted.start * job.opened.block_size
+        sequence = job.sequence
+        return plan_pull(sequence.num_computed, sequence.num_prompt_tokens, num_decode_tokens, self._engine.layout.block_size)
+
+    def _begin_pull(self, job: PrefillJob) -> None:
+        self._pulling.append(job)
+        job.pulling = asyncio.create_task(self._pull_then_compute(job), name="pulling KV")
+        job.pulling.add_done_callback(job.on_task_end)
+
+    async def _pull_then_compute(self, job: PrefillJob) -> None:
+        # A prompt whose beginning is known here is likely a conversation of which decode knows more.
+        await asyncio.wait({job.hand_over}, timeout=_TICKET_PATIENCE_S)
+        if blocks := self._pullable(job):
+            await self._pull(job, blocks)
+        self._pulling.remove(job)
+        self._computing.append(job)
+        self._wake.set()
+
+    async def _pull(self, job: PrefillJob, blocks: range) -> None:
+        """Lets decode write `blocks`. Should that fail, they are computed here."""
+        sequence, layout = job.sequence, self._engine.layout
+        assert sequence.lease is not None
+        block_ids = sequence.lease.block_ids[blocks.start : blocks.stop]
+        try:
+            job.pulled = Reservation.of(self._receiver, blocks.start, block_ids, job.num_decode_ranks)
+            job.link.send(pb.LinkResponse(pull_kv=pb.PullKV(key=job.key, tickets=job.pulled.tickets)))
+            await job.pulled.arrival()
+            job.pulled.accept()
+        except TransferError as error:
+            self._num_failed_transfers += 1
+            logger.warning("computing anew what decode could not send of %s: %s", sequence.key, error.message)
+        else:
+            num_tokens = blocks.stop * layout.block_size
+            job.pulled_tokens, sequence.num_computed = num_tokens - sequence.num_computed, num_tokens
+            self._publish(job)
+            job.outgoing.begin(sequence.lease.block_ids, num_tokens)
+        if job.pulled is not None:
+            await job.pulled.fence()
 
     async def _compute(self, jobs: SequenceOf[PrefillJob], sizes: SequenceOf[int]) -> list[GeneratedToken | None]:
         loop = asyncio.get_running_loop()
@@ -226,10 +294,13 @@ class PrefillService:
         for job, token in zip(jobs, tokens, strict=True):
             self._publish(job)
             if token is not None:
-                self._num_prefilled_tokens += job.sequence.num_prompt_tokens - job.cached_tokens
+                self._num_prefilled_tokens += job.sequence.num_prompt_tokens - job.cached_tokens - job.pulled_tokens
                 self._stop_computing(job)
                 if not job.first_token.done():  # it is, when the job was cancelled during the step
                     job.first_token.set_result(token)
+            elif job in self._computing and self._pullable(job):
+                self._stop_computing(job)
+                self._begin_pull(job)
 
     def _publish(self, job: PrefillJob) -> None:
         """Makes the blocks that became full available to later prompts with the same beginning."""

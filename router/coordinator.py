@@ -150,7 +150,13 @@ class _Attempt:
                 num_prefill_ranks=self._prefill.record.num_ranks,
             )
             self._decode.send(worker_pb2.LinkRequest(reserve_decode=reserve))
-        start = worker_pb2.StartPrefill(key=self._key, token_ids=token_ids, sampling=sampling, hand_over=self._hands_over)
+        start = worker_pb2.StartPrefill(
+            key=self._key,
+            token_ids=token_ids,
+            sampling=sampling,
+            hand_over=self._hands_over,
+            num_decode_ranks=self._decode.record.num_ranks,
+        )
         self._prefill.send(worker_pb2.LinkRequest(start_prefill=start))
 
     async def next_event(self) -> LineEvent:
@@ -170,6 +176,9 @@ class _Attempt:
         match said.WhichOneof("message"):
             case "decode_reserved":
                 self._attach_tickets(said.decode_reserved)
+            case "pull_kv":
+                send = worker_pb2.SendKV(key=self._key, tickets=said.pull_kv.tickets)
+                self._decode.send(worker_pb2.LinkRequest(send_kv=send))
             case "first_token":
                 return self._first_token(said.first_token)
             case "decode_started":
@@ -197,6 +206,7 @@ class _Attempt:
     def _first_token(self, first: worker_pb2.FirstToken) -> list[TokenStep]:
         self.end_prefill_charge()
         self._path.prefill_cached_tokens = first.cached_tokens
+        self._path.prefill_pulled_tokens = first.pulled_tokens
         self._path.lifecycle.enter(Phase.TRANSFERRING)
         self._first_token_is_out = True
         self._enter_decoding()

@@ -43,7 +43,7 @@ class GenerationDone:
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens that prefill did not compute for choice 0; the other choices reuse its prompt anyway."""
-        return self.paths[0].prefill_cached_tokens
+        return self.paths[0].prefill_cached_tokens + self.paths[0].prefill_pulled_tokens
 
 
 GenerationEvent = ChoiceOutput | GenerationDone

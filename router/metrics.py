@@ -110,6 +110,7 @@ class RequestMeter:
         metrics.prompt_tokens.inc(done.num_prompt_tokens)
         for path in done.paths:
             metrics.prefix_hits.labels("prefill").inc(path.prefill_cached_tokens)
+            metrics.prefix_hits.labels("prefill_from_decode").inc(path.prefill_pulled_tokens)
             metrics.prefix_hits.labels("decode").inc(path.decode_cached_tokens)
             metrics.transferred.inc(path.transferred_bytes)
             handover_s = path.lifecycle.seconds(Phase.TRANSFERRING, Phase.DECODING)

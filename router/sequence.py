@@ -33,6 +33,7 @@ class SequencePath:
     decode_worker: str = ""
     transport: str = "none"
     prefill_cached_tokens: int = 0
+    prefill_pulled_tokens: int = 0
     decode_cached_tokens: int = 0
     transferred_bytes: int = 0
     attempts: int = 1
@@ -44,6 +45,7 @@ class SequencePath:
             decode_worker=self.decode_worker,
             transport=self.transport,
             prefill_cached_tokens=self.prefill_cached_tokens,
+            prefill_pulled_tokens=self.prefill_pulled_tokens,
             decode_cached_tokens=self.decode_cached_tokens,
             transferred_bytes=self.transferred_bytes,
             ttft_s=seconds(Phase.QUEUED, Phase.TRANSFERRING) or 0.0,

@@ -44,6 +44,8 @@ class RequestPath:
     # Prompt tokens found in the prefix cache of each side.
     prefill_cached_tokens: int
     decode_cached_tokens: int
+    # Prompt tokens that prefill fetched from decode, which had them from an earlier turn.
+    prefill_pulled_tokens: int
     transferred_bytes: int
     # From arrival at the router to the first token.
     ttft_s: float

@@ -493,6 +493,7 @@ class RequestPath(_message.Message):
     HANDOVER_S_FIELD_NUMBER: _builtins.int
     TOTAL_S_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    PREFILL_PULLED_TOKENS_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     """Empty when the first token was also the last."""
@@ -510,6 +511,8 @@ class RequestPath(_message.Message):
     total_s: _builtins.float
     attempts: _builtins.int
     """1 plus the number of times the request was started anew on other workers."""
+    prefill_pulled_tokens: _builtins.int
+    """Prompt tokens whose KV the prefill worker fetched from the decode worker, which had it from an earlier turn."""
     def __init__(
         self,
         *,
@@ -523,10 +526,11 @@ class RequestPath(_message.Message):
         handover_s: _builtins.float = ...,
         total_s: _builtins.float = ...,
         attempts: _builtins.int = ...,
+        prefill_pulled_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_worker", b"decode_worker", "handover_s", b"handover_s", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_worker", b"prefill_worker", "total_s", b"total_s", "transferred_bytes", b"transferred_bytes", "transport", b"transport", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_worker", b"decode_worker", "handover_s", b"handover_s", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_pulled_tokens", b"prefill_pulled_tokens", "prefill_worker", b"prefill_worker", "total_s", b"total_s", "transferred_bytes", b"transferred_bytes", "transport", b"transport", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,6 +31,7 @@ class LinkRequest(_message.Message):
     ATTACH_TICKETS_FIELD_NUMBER: _builtins.int
     RESERVE_DECODE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    SEND_KV_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenLink: ...
     @_builtins.property
@@ -41,6 +42,8 @@ class LinkRequest(_message.Message):
     def reserve_decode(self) -> Global___ReserveDecode: ...
     @_builtins.property
     def cancel(self) -> Global___CancelSequence: ...
+    @_builtins.property
+    def send_kv(self) -> Global___SendKV: ...
     def __init__(
         self,
         *,
@@ -49,12 +52,13 @@ class LinkRequest(_message.Message):
         attach_tickets: Global___AttachTickets | None = ...,
         reserve_decode: Global___ReserveDecode | None = ...,
         cancel: Global___CancelSequence | None = ...,
+        send_kv: Global___SendKV | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "send_kv", b"send_kv", "start_prefill", b"start_prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "send_kv", b"send_kv", "start_prefill", b"start_prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "start_prefill", "attach_tickets", "reserve_decode", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "start_prefill", "attach_tickets", "reserve_decode", "cancel", "send_kv"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -199,8 +203,11 @@ class StartPrefill(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     HAND_OVER_FIELD_NUMBER: _builtins.int
+    NUM_DECODE_RANKS_FIELD_NUMBER: _builtins.int
     hand_over: _builtins.bool
     """False when one token is all that is wanted, and no ticket will come."""
+    num_decode_ranks: _builtins.int
+    """Tensor-parallel ranks of the decode worker, each of which has some of the KV heads."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -214,10 +221,11 @@ class StartPrefill(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___Sampling | None = ...,
         hand_over: _builtins.bool = ...,
+        num_decode_ranks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hand_over", b"hand_over", "key", b"key", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hand_over", b"hand_over", "key", b"key", "num_decode_ranks", b"num_decode_ranks", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -288,6 +296,34 @@ class ReserveDecode(_message.Message):
 Global___ReserveDecode: _TypeAlias = ReserveDecode  # noqa: Y015
 
 @_typing.final
+class SendKV(_message.Message):
+    """To the decode worker: prefill lacks the beginning of a prompt that decode has reserved, and decode has it from an earlier turn.
+    The tickets are prefill's; decode writes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    TICKETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> Global___SequenceKey: ...
+    @_builtins.property
+    def tickets(self) -> _containers.RepeatedCompositeFieldContainer[_transfer_pb2.Ticket]: ...
+    def __init__(
+        self,
+        *,
+        key: Global___SequenceKey | None = ...,
+        tickets: _abc.Iterable[_transfer_pb2.Ticket] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "tickets", b"tickets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendKV: _TypeAlias = SendKV  # noqa: Y015
+
+@_typing.final
 class CancelSequence(_message.Message):
     """Ends a sequence on this worker, whatever its state. Unknown keys are ignored: the sequence has ended already."""
 
@@ -322,6 +358,7 @@ class LinkResponse(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    PULL_KV_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___LinkOpened: ...
     @_builtins.property
@@ -340,6 +377,8 @@ class LinkResponse(_message.Message):
     def load(self) -> _inference_pb2.WorkerLoad: ...
     @_builtins.property
     def draining(self) -> Global___WorkerDraining: ...
+    @_builtins.property
+    def pull_kv(self) -> Global___PullKV: ...
     def __init__(
         self,
         *,
@@ -352,12 +391,13 @@ class LinkResponse(_message.Message):
         failed: Global___SequenceFailed | None = ...,
         load: _inference_pb2.WorkerLoad | None = ...,
         draining: Global___WorkerDraining | None = ...,
+        pull_kv: Global___PullKV | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "step_tokens", b"step_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "step_tokens", b"step_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "first_token", "prefill_released", "decode_reserved", "decode_started", "step_tokens", "failed", "load", "draining"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "first_token", "prefill_released", "decode_reserved", "decode_started", "step_tokens", "failed", "load", "draining", "pull_kv"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -391,9 +431,12 @@ class FirstToken(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PULLED_TOKENS_FIELD_NUMBER: _builtins.int
     finish_reason: _inference_pb2.FinishReason.ValueType
     """Set when the first token is also the last."""
     cached_tokens: _builtins.int
+    pulled_tokens: _builtins.int
+    """Prompt tokens that the decode worker sent."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -405,10 +448,11 @@ class FirstToken(_message.Message):
         token: _inference_pb2.Token | None = ...,
         finish_reason: _inference_pb2.FinishReason.ValueType = ...,
         cached_tokens: _builtins.int = ...,
+        pulled_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "key", b"key", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "key", b"key", "pulled_tokens", b"pulled_tokens", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -461,6 +505,32 @@ class DecodeReserved(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DecodeReserved: _TypeAlias = DecodeReserved  # noqa: Y015
+
+@_typing.final
+class PullKV(_message.Message):
+    """From the prefill worker, for its decode worker: see SendKV."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    TICKETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> Global___SequenceKey: ...
+    @_builtins.property
+    def tickets(self) -> _containers.RepeatedCompositeFieldContainer[_transfer_pb2.Ticket]: ...
+    def __init__(
+        self,
+        *,
+        key: Global___SequenceKey | None = ...,
+        tickets: _abc.Iterable[_transfer_pb2.Ticket] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "tickets", b"tickets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullKV: _TypeAlias = PullKV  # noqa: Y015
 
 @_typing.final
 class DecodeStarted(_message.Message):
