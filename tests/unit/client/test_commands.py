@@ -213,7 +213,7 @@ def test_blocks_bar_has_one_width_and_hides_nothing_small(leased: int, cached: i
 
 
 def path(prefill: str, decode: str, attempts: int = 1) -> RequestPath:
-    return RequestPath(prefill, decode, "tcp", 0, 0, 0, 0.1, 0.002, 0.5, attempts)
+    return RequestPath(prefill, decode, "tcp", 0, 0, 0, 0, 0.1, 0.002, 0.5, attempts)
 
 
 def test_paths_are_described_as_long_as_they_were() -> None:
