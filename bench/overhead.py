@@ -76,11 +76,9 @@ class Stopwatch:
                 self._path = paths[0]
 
     def timing(self) -> Timing:
-        """Raises InternalError for a request that measured something else than a fresh prompt's way."""
+        """Raises InternalError for a request that ended without tokens or without its path."""
         if self._path is None or not self._token_times_s:
             raise InternalError("a request ended without tokens or without its path")
-        if self._path.prefill_cached_tokens or self._path.decode_cached_tokens:
-            raise InternalError("a prompt hit a prefix cache: what was measured is not the work of a prompt")
         times_s = self._token_times_s
         gaps_s = tuple(later - earlier for earlier, later in pairwise(times_s))
         return Timing(times_s[0] - self._begin_s, gaps_s, self._path)
@@ -104,7 +102,10 @@ async def _time_request(client: AsyncClient, prompt: Sequence[int]) -> Timing:
     watch = Stopwatch()
     async for event in client.stream(prompt, max_tokens=NUM_OUTPUT_TOKENS, temperature=0, ignore_eos=True):
         watch.see(event)
-    return watch.timing()
+    timing = watch.timing()
+    if timing.path.prefill_cached_tokens or timing.path.decode_cached_tokens:
+        raise InternalError("a prompt hit a prefix cache: what was measured is not the work of a prompt")
+    return timing
 
 
 def rows(disaggregated: Timings, colocated: Timings, num_prompt_tokens: int) -> list[Row]:

@@ -148,7 +148,14 @@ class Worker:
                 self.active_legs.append(decode)
                 loops.append(decode.run())
             if "prefill" in settings.roles:
-                prefill = PrefillService(self.engine, sender, receiver, wakeups, max_step_tokens=settings.max_prefill_tokens)
+                prefill = PrefillService(
+                    self.engine,
+                    sender,
+                    receiver,
+                    wakeups,
+                    max_step_tokens=settings.max_prefill_tokens,
+                    pulls=settings.kv_pull,
+                )
                 self.active_legs.append(prefill)
                 loops.append(prefill.run())
             async with background(*loops):

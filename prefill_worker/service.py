@@ -48,7 +48,14 @@ class PrefillService:
     """One leg of a worker. `wakeups` is shared with whatever else takes memory from the same engine."""
 
     def __init__(
-        self, engine: Engine, sender: KVSender, receiver: KVReceiver, wakeups: Wakeups, *, max_step_tokens: int
+        self,
+        engine: Engine,
+        sender: KVSender,
+        receiver: KVReceiver,
+        wakeups: Wakeups,
+        *,
+        max_step_tokens: int,
+        pulls: bool,
     ) -> None:
         self._engine = engine
         self._sender = sender
@@ -56,6 +63,7 @@ class PrefillService:
         self._wakeups = wakeups
         self._wake = wakeups.listener()
         self._max_step_tokens = max_step_tokens
+        self._pulls = pulls
         self._jobs: JobTable[PrefillJob] = JobTable()
         # A job is in one of the three until its prompt is computed or it ends. Oldest first, but for what was pulled meanwhile.
         self._waiting: deque[PrefillJob] = deque()
@@ -215,7 +223,7 @@ class PrefillService:
             self._num_hit_tokens += job.cached_tokens
             job.num_published_blocks = lease.num_cached
             job.outgoing.begin(lease.block_ids, job.cached_tokens)
-            if job.cached_tokens and job.hands_over:
+            if job.cached_tokens and job.hands_over and self._pulls:
                 self._begin_pull(job)
             else:
                 self._computing.append(job)
@@ -224,7 +232,7 @@ class PrefillService:
 
     def _pullable(self, job: PrefillJob) -> range:
         """Blocks that decode, as its tickets tell, has and this worker has not."""
-        if job.opened is None or job.pulled is not None:
+        if not self._pulls or job.opened is None or job.pulled is not None:
             return range(0)
         num_decode_tokens = job.opened.wanted.start * job.opened.block_size
         sequence = job.sequence

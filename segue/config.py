@@ -114,6 +114,7 @@ class EngineSettings(Settings):
     threads: int = Field(0, ge=0, description="Compute threads of each worker; 0 shares out the cores")
     max_prefill_tokens: int = Field(512, ge=1, description="Prompt tokens computed in one step")
     max_batch: int = Field(64, ge=1, description="Sequences that one worker decodes at a time")
+    kv_pull: bool = Field(True, description="Fetch what decode has of a conversation instead of computing it")
     kv_transport: KVTransport = Field("auto", description="How KV travels between workers")
 
     @property

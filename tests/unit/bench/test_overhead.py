@@ -18,7 +18,7 @@ TOKEN = Output(0, "a", (GeneratedToken(1),), None)
 
 
 def path(cached: int = 0, handover_s: float = 0.002) -> RequestPath:
-    return RequestPath("p", "d", "shm", cached, 0, 0, 0.1, handover_s, 0.5, 1)
+    return RequestPath("p", "d", "shm", cached, 0, 0, 0, 0.1, handover_s, 0.5, 1)
 
 
 @given(st.integers(1, 20), st.integers(1, 40), st.integers(20, 200), st.integers(0, 5))
@@ -57,10 +57,9 @@ def test_a_stopwatch_times_tokens_and_not_text() -> None:
     [
         ([TOKEN], "without"),
         ([Completed(1, 0, (path(),))], "without"),
-        ([TOKEN, Completed(1, 1, (path(cached=16),))], "prefix cache"),
     ],
 )
-def test_what_was_no_fresh_request_is_not_measured(events: list[Event], problem: str) -> None:
+def test_what_did_not_end_is_not_measured(events: list[Event], problem: str) -> None:
     with pytest.raises(InternalError, match=problem):
         timed(events, 0.0, 1.0)
 
@@ -68,14 +67,15 @@ def test_what_was_no_fresh_request_is_not_measured(events: list[Event], problem:
 class FakeClient:
     """Answers with one token; notes which prompts it got in a list that it shares."""
 
-    def __init__(self, name: str, asked: list[tuple[str, int]]) -> None:
+    def __init__(self, name: str, asked: list[tuple[str, int]], cached: int = 0) -> None:
         self._name = name
         self._asked = asked
+        self._cached = cached
 
     async def stream(self, prompt: list[int], **_options: Any) -> Any:
         self._asked.append((self._name, prompt[0]))
         yield TOKEN
-        yield Completed(1, 1, (path(),))
+        yield Completed(1, 1, (path(self._cached),))
 
 
 async def test_systems_take_turns_with_the_same_prompts_after_a_warm_up() -> None:
@@ -84,6 +84,12 @@ async def test_systems_take_turns_with_the_same_prompts_after_a_warm_up() -> Non
     results = await measure(clients, [[0], [1], [2]], note=lambda text: None)
     assert asked == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert [len(result.timings) for result in results] == [2, 2]
+
+
+async def test_a_prompt_that_was_cached_is_not_measured() -> None:
+    clients: Any = (FakeClient("a", [], cached=16),)
+    with pytest.raises(InternalError, match="prefix cache"):
+        await measure(clients, [[0], [1]], note=lambda text: None)
 
 
 def test_rows_and_verdict() -> None:

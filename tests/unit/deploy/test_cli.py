@@ -90,6 +90,7 @@ OTHER_VALUES: dict[str, Any] = {
     "threads": 5,
     "max_prefill_tokens": 77,
     "max_batch": 8,
+    "kv_pull": False,
     "kv_transport": "tcp",
 }
 
@@ -97,8 +98,11 @@ OTHER_VALUES: dict[str, Any] = {
 @pytest.mark.parametrize("name", ClusterSettings.model_fields)
 def test_every_setting_is_a_flag(name: str, served: list[ClusterSettings]) -> None:
     value = OTHER_VALUES[name]
-    flag = f"--{name.replace('_', '-')}"
-    result = CliRunner().invoke(app, ["up", flag] if value is True else ["up", flag, str(value)])
+    flag = name.replace("_", "-")
+    words = [f"--{flag}", str(value)]
+    if isinstance(value, bool):
+        words = [f"--{flag}" if value else f"--no-{flag}"]
+    result = CliRunner().invoke(app, ["up", *words])
     assert result.exit_code == 0, result.output
     assert served == [ClusterSettings(**{name: value})]
 
