@@ -41,7 +41,7 @@ from segue.worker_link import RouterLink
 logger = logging.getLogger(__name__)
 
 # A decode worker that has room grants tickets within a few milliseconds; one that has none is not waited for.
-_TICKET_PATIENCE_S = 0.05
+_TICKET_PATIENCE_S = 0.2
 
 
 class PrefillService:

@@ -21,6 +21,12 @@ BLOCK_SIZE = 4
 ANSWER = GenerateOptions(max_tokens=30, temperature=0.0, ignore_eos=True)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine tickets may take longer than a prompt waits for them."""
+    monkeypatch.setattr("prefill_worker.service._TICKET_PATIENCE_S", 30.0)
+
+
 async def converse(client: AsyncClient, turns: int = 5) -> list[tuple[int, tuple[int, ...], RequestPath]]:
     """(tokens of the prompt, answer, path) of each turn; each prompt is all that was said before and something new."""
     chance = random.Random(3)
