@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kv_transfer.memory import KVMemory
+from kv_transfer.spans import copy
 from segue.errors import TransferRefused
 from segue.kv_layout import DTYPE_BYTES, KVLayout
 from segue.v1 import transfer_pb2 as pb
@@ -134,32 +135,29 @@ class TargetRegions:
     memory: KVMemory
     format: RegionFormat
 
-    def put(self, layer: int, blocks: Sequence[int], payload: Sequence[memoryview]) -> None:
-        """`payload` holds whole regions, in the order of `blocks`."""
-        layout = self.memory.layout
-        if self.format.is_cut_like(layout) and self.format.heads == layout.heads:
-            position = 0
-            for part in payload:
-                count = part.nbytes // self.format.region_bytes
-                for start, length in contiguous_runs(blocks[position : position + count]):
-                    size = self.format.region_bytes
-                    self.memory.write(layer, blocks[position + start], part[start * size : (start + length) * size])
-                position += count
-            return
-        regions = np.concatenate([np.frombuffer(part, np.uint8) for part in payload])
-        regions = regions.reshape(len(blocks), 2, len(self.format.heads), -1)
-        if not self.format.is_cut_like(layout):
-            tokens = _unpack(regions, self.format.layout).cast(self.format.layout.dtype, layout.dtype)
-            regions = _pack(tokens, layout)
-        self.memory.blocks(layer)[np.asarray(blocks, np.intp), :, _within(self.format.heads, layout)] = regions
+    @property
+    def is_direct(self) -> bool:
+        """Whether regions are stored as they travel: `copy` and `views` take them then, else `convert`."""
+        return self.format.is_cut_like(self.memory.layout)
 
-    def parts(self, layer: int, block: int) -> list[memoryview]:
-        """The bytes of one region where they lie, in order. Only for regions that are stored as they travel."""
+    def views(self, layer: int, blocks: Sequence[int]) -> list[memoryview]:
+        """The bytes of the regions where they lie, in order."""
         layout = self.memory.layout
         if self.format.heads == layout.heads:
-            return [self.memory.region(layer, block)]
-        kv = self.memory.blocks(layer)[block][:, _within(self.format.heads, layout)]
-        return [kv[0].reshape(-1).data, kv[1].reshape(-1).data]
+            return [self.memory.regions(layer, blocks[start], count) for start, count in contiguous_runs(blocks)]
+        slabs = self.memory.blocks(layer)[:, :, _within(self.format.heads, layout)]
+        return [slabs[block, side].reshape(-1).data for block in blocks for side in (0, 1)]
+
+    def copy(self, layer: int, blocks: Sequence[int], payload: Sequence[memoryview]) -> list[int]:
+        """`payload` holds whole regions, in the order of `blocks`. Returns their checksums."""
+        return copy(payload, self.views(layer, blocks), self.format.region_bytes)
+
+    def convert(self, layer: int, blocks: Sequence[int], payload: Sequence[memoryview]) -> None:
+        layout = self.memory.layout
+        regions = np.concatenate([np.frombuffer(part, np.uint8) for part in payload])
+        regions = regions.reshape(len(blocks), 2, len(self.format.heads), -1)
+        tokens = _unpack(regions, self.format.layout).cast(self.format.layout.dtype, layout.dtype)
+        self.memory.blocks(layer)[np.asarray(blocks, np.intp), :, _within(self.format.heads, layout)] = _pack(tokens, layout)
 
 
 def contiguous_runs(*columns: Sequence[int]) -> Iterator[tuple[int, int]]:

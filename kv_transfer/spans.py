@@ -1,7 +1,8 @@
 """Copies memory and checksums it, without the interpreter's lock: in one pass where csrc/spans.cpp was built, else in two.
 
-Both ways give the same checksums, XXH3 with 64 bits, so that workers with and without a compiler understand each other. Memory is
-given as buffers that are read or written one after the other: regions of equal size fill them, and may cross from one to the next.
+Both ways give the same checksums, XXH3 with 64 bits, so that workers with and without a compiler understand each other. Memory
+is given as buffers that are read or written one after the other: regions of equal size fill them, and may cross from one to the
+next.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import xxhash
@@ -18,7 +20,7 @@ MARGIN = 64
 def cut(memory: bytearray, total: int, unit: int, ends: list[int]) -> list[memoryview]:
     """The bytes behind a margin, in buffers that end at multiples of `unit`."""
     edges = sorted({0, total, *(min(total, end * unit) for end in ends)})
-    return [memoryview(memory)[MARGIN + start : MARGIN + end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [memoryview(memory)[MARGIN + start : MARGIN + end] for start, end in pairwise(edges)]
 
 
 @pytest.fixture(params=["native", "plain"], scope="module")
