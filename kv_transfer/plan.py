@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kv_transfer.memory import KVMemory
-from kv_transfer.spans import copy
+from kv_transfer.pieces import Pieces, address_of, checksums, copy
 from segue.errors import TransferRefused
 from segue.kv_layout import DTYPE_BYTES, KVLayout
 from segue.v1 import transfer_pb2 as pb
@@ -137,20 +137,30 @@ class TargetRegions:
 
     @property
     def is_direct(self) -> bool:
-        """Whether regions are stored as they travel: `copy` and `views` take them then, else `convert`."""
+        """Whether regions are stored as they travel: `copy` takes them then, else `convert`."""
         return self.format.is_cut_like(self.memory.layout)
-
-    def views(self, layer: int, blocks: Sequence[int]) -> list[memoryview]:
-        """The bytes of the regions where they lie, in order."""
-        layout = self.memory.layout
-        if self.format.heads == layout.heads:
-            return [self.memory.regions(layer, blocks[start], count) for start, count in contiguous_runs(blocks)]
-        slabs = self.memory.blocks(layer)[:, :, _within(self.format.heads, layout)]
-        return [slabs[block, side].reshape(-1).data for block in blocks for side in (0, 1)]
 
     def copy(self, layer: int, blocks: Sequence[int], payload: Sequence[memoryview]) -> list[int]:
         """`payload` holds whole regions, in the order of `blocks`. Returns their checksums."""
-        return copy(payload, self.views(layer, blocks), self.format.region_bytes)
+        size = self.format.region_bytes
+        return copy(Pieces.of(payload, size), self._pieces(layer, blocks), size)
+
+    def checksums(self, layer: int, blocks: Sequence[int]) -> list[int]:
+        """Of the regions as they lie there. Only where `is_direct`."""
+        return checksums(self._pieces(layer, blocks), self.format.region_bytes)
+
+    def _pieces(self, layer: int, blocks: Sequence[int]) -> Pieces:
+        """Where the regions lie, in order. Raises IndexError for blocks that are not there."""
+        stored = self.memory.blocks(layer)[:, :, _within(self.format.heads, self.memory.layout)]
+        wanted = np.asarray(blocks, np.int64)
+        if ((wanted < 0) | (wanted >= len(stored))).any():
+            raise IndexError(f"blocks {list(blocks)} of {len(stored)}")
+        addresses = address_of(stored) + wanted * stored.strides[0]
+        if self.format.heads == self.memory.layout.heads:
+            return Pieces(addresses, self.format.region_bytes, stored)
+        # The heads' K, and behind those of other heads their V.
+        both = addresses[:, None] + np.array([0, stored.strides[1]], np.int64)
+        return Pieces(both.reshape(-1), self.format.region_bytes // 2, stored)
 
     def convert(self, layer: int, blocks: Sequence[int], payload: Sequence[memoryview]) -> None:
         layout = self.memory.layout

@@ -11,7 +11,7 @@ import pytest
 import zmq.asyncio
 
 from kv_transfer.identity import host_identity
-from kv_transfer.spans import checksums
+from kv_transfer.pieces import Pieces, checksums
 from kv_transfer.transports import ShmWriter, TcpWriter
 from segue.errors import ChecksumMismatch, ConfigError, LeaseExpired, TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
@@ -378,7 +378,7 @@ async def test_a_block_pushed_twice_with_other_bytes_ends_the_ticket(pair):
         await peer.greet()
         await peer.open(incoming.ticket)
         for content in (b"a" * size, b"a" * size, b"b" * size):
-            found = checksums([memoryview(content)], size)
+            found = checksums(Pieces.of([memoryview(content)], size), size)
             push = pb.Push(ticket_id=incoming.ticket.ticket_id, layer=0, indices=[0], checksums=found)
             await peer.send([content], push=push)
         with pytest.raises(TransferRefused, match="pushed twice"):

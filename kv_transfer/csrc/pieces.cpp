@@ -1,4 +1,4 @@
-// Copies spans of memory and checksums them, in one pass over the bytes. kv_transfer/spans.py is its other half.
+// Copies pieces of memory and checksums them, in one pass over the bytes. kv_transfer/pieces.py is its other half.
 //
 // The checksum is XXH3 with 64 bits and no seed, as it is specified for inputs of more than 240 bytes, so that a worker built
 // without this file agrees with one that has it. A region is read in stripes of 64 bytes: eight numbers for eight lanes.
@@ -138,25 +138,17 @@ class Checksum {
 
 }  // namespace
 
-extern "C" {
-
-struct Span {
-  const uint8_t* source;
-  // Null: the source is only read.
-  uint8_t* target;
-  // A multiple of 64.
-  int64_t num_bytes;
-};
-
-// The spans, one after the other, are regions of `region_bytes`: a multiple of 64, more than 240. `checksums` gets one number
-// for each.
-void segue_take_spans(const Span* spans, int64_t num_spans, int64_t region_bytes, uint64_t* checksums) {
+// The pieces, one after the other, are regions: `checksums` gets one number for each. `piece_bytes` and `region_bytes` are
+// multiples of 64, a region has more than 240. Without `targets` (null) the sources are only read.
+extern "C" void segue_take_pieces(const uint8_t* const* sources, uint8_t* const* targets, int64_t num_pieces,
+                                  int64_t piece_bytes, int64_t region_bytes, uint64_t* checksums) {
   Checksum checksum(region_bytes);
-  for (const Span* span = spans; span != spans + num_spans; ++span) {
-    AddStripes* const add_stripes = choose_add_stripes(span->target);
-    for (int64_t done = 0; done < span->num_bytes;) {
-      uint8_t* const target = span->target == nullptr ? nullptr : span->target + done;
-      done += kStripe * checksum.take(add_stripes, span->source + done, target, (span->num_bytes - done) / kStripe);
+  for (int64_t piece = 0; piece < num_pieces; ++piece) {
+    uint8_t* const piece_target = targets == nullptr ? nullptr : targets[piece];
+    AddStripes* const add_stripes = choose_add_stripes(piece_target);
+    for (int64_t done = 0; done < piece_bytes;) {
+      uint8_t* const target = targets == nullptr ? nullptr : piece_target + done;
+      done += kStripe * checksum.take(add_stripes, sources[piece] + done, target, (piece_bytes - done) / kStripe);
       if (checksum.is_complete()) {
         *checksums++ = checksum.value();
         checksum = Checksum(region_bytes);
@@ -167,5 +159,4 @@ void segue_take_spans(const Span* spans, int64_t num_spans, int64_t region_bytes
   // What was written past the caches is there for everybody before anybody is told.
   _mm_sfence();
 #endif
-}
 }
