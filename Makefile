@@ -40,7 +40,7 @@ clean: ## Remove .venv, builds and caches (models and logs stay)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard engine/kernels/csrc/*)
+$(STAMP): pyproject.toml constraints.txt $(wildcard engine/kernels/csrc/* kv_transfer/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Segue needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  rm -rf .venv; echo "Python's venv module is missing; on Debian: apt install python3-venv"; exit 1; }

@@ -170,7 +170,7 @@ class RemoteConnection(_Connection):
         if ticket.block_size != form.layout.block_size:
             raise TransferRefused(f"a ticket for blocks of {ticket.block_size} tokens, but {self._peer} has others")
         source = SourceRegions(self._memory, form)
-        return source, ShmWriter(TargetRegions(self._target, form)) if self._target else TcpWriter()
+        return source, ShmWriter(TargetRegions(self._target, form)) if self._target else TcpWriter(form.region_bytes)
 
     def start(self, after: RemoteConnection | None) -> None:
         """`after` is the connection that this one replaces."""

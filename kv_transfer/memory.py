@@ -42,7 +42,7 @@ class KVMemory:
         self._name = name
         self._mapping = mmap.mmap(fd, self.num_bytes, mmap.MAP_SHARED)
         self.buffer = memoryview(self._mapping)
-        # uint8 [num_bytes]; numpy copies release the interpreter's lock, memoryviews do not.
+        # uint8 [num_bytes]
         self._array: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
 
     @classmethod
@@ -115,11 +115,6 @@ class KVMemory:
         """All blocks of one layer: [num_blocks, 2, num_kv_heads, slab_bytes]"""
         start, end = self._bounds(layer, 0, self.num_blocks)
         return self._array[start:end].reshape(self.num_blocks, 2, self.layout.num_kv_heads, -1)
-
-    def write(self, layer: int, first_block: int, source: memoryview) -> None:
-        """Copies whole regions, with the interpreter's lock released."""
-        start, end = self._bounds(layer, first_block, len(source) // self.layout.region_bytes)
-        np.copyto(self._array[start:end], np.frombuffer(source, np.uint8))
 
     def close(self) -> None:
         if self._fd < 0:

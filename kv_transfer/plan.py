@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kv_transfer.memory import KVMemory
+from kv_transfer.pieces import Pieces, address_of, checksums, copy
 from segue.errors import TransferRefused
 from segue.kv_layout import DTYPE_BYTES, KVLayout
 from segue.v1 import transfer_pb2 as pb
@@ -134,32 +135,39 @@ class TargetRegions:
     memory: KVMemory
     format: RegionFormat
 
-    def put(self, layer: int, blocks: Sequence[int], payload: Sequence[memoryview]) -> None:
-        """`payload` holds whole regions, in the order of `blocks`."""
+    @property
+    def is_direct(self) -> bool:
+        """Whether regions are stored as they travel: `copy` takes them then, else `convert`."""
+        return self.format.is_cut_like(self.memory.layout)
+
+    def copy(self, layer: int, blocks: Sequence[int], payload: Sequence[memoryview]) -> list[int]:
+        """`payload` holds whole regions, in the order of `blocks`. Returns their checksums."""
+        size = self.format.region_bytes
+        return copy(Pieces.of(payload, size), self._pieces(layer, blocks), size)
+
+    def checksums(self, layer: int, blocks: Sequence[int]) -> list[int]:
+        """Of the regions as they lie there. Only where `is_direct`."""
+        return checksums(self._pieces(layer, blocks), self.format.region_bytes)
+
+    def _pieces(self, layer: int, blocks: Sequence[int]) -> Pieces:
+        """Where the regions lie, in order. Raises IndexError for blocks that are not there."""
+        stored = self.memory.blocks(layer)[:, :, _within(self.format.heads, self.memory.layout)]
+        wanted = np.asarray(blocks, np.int64)
+        if ((wanted < 0) | (wanted >= len(stored))).any():
+            raise IndexError(f"blocks {list(blocks)} of {len(stored)}")
+        addresses = address_of(stored) + wanted * stored.strides[0]
+        if self.format.heads == self.memory.layout.heads:
+            return Pieces(addresses, self.format.region_bytes, stored)
+        # The heads' K, and behind those of other heads their V.
+        both = addresses[:, None] + np.array([0, stored.strides[1]], np.int64)
+        return Pieces(both.reshape(-1), self.format.region_bytes // 2, stored)
+
+    def convert(self, layer: int, blocks: Sequence[int], payload: Sequence[memoryview]) -> None:
         layout = self.memory.layout
-        if self.format.is_cut_like(layout) and self.format.heads == layout.heads:
-            position = 0
-            for part in payload:
-                count = part.nbytes // self.format.region_bytes
-                for start, length in contiguous_runs(blocks[position : position + count]):
-                    size = self.format.region_bytes
-                    self.memory.write(layer, blocks[position + start], part[start * size : (start + length) * size])
-                position += count
-            return
         regions = np.concatenate([np.frombuffer(part, np.uint8) for part in payload])
         regions = regions.reshape(len(blocks), 2, len(self.format.heads), -1)
-        if not self.format.is_cut_like(layout):
-            tokens = _unpack(regions, self.format.layout).cast(self.format.layout.dtype, layout.dtype)
-            regions = _pack(tokens, layout)
-        self.memory.blocks(layer)[np.asarray(blocks, np.intp), :, _within(self.format.heads, layout)] = regions
-
-    def parts(self, layer: int, block: int) -> list[memoryview]:
-        """The bytes of one region where they lie, in order. Only for regions that are stored as they travel."""
-        layout = self.memory.layout
-        if self.format.heads == layout.heads:
-            return [self.memory.region(layer, block)]
-        kv = self.memory.blocks(layer)[block][:, _within(self.format.heads, layout)]
-        return [kv[0].reshape(-1).data, kv[1].reshape(-1).data]
+        tokens = _unpack(regions, self.format.layout).cast(self.format.layout.dtype, layout.dtype)
+        self.memory.blocks(layer)[np.asarray(blocks, np.intp), :, _within(self.format.heads, layout)] = _pack(tokens, layout)
 
 
 def contiguous_runs(*columns: Sequence[int]) -> Iterator[tuple[int, int]]:

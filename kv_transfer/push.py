@@ -14,7 +14,7 @@ from typing import Protocol
 
 from kv_transfer.plan import SourceRegions
 from kv_transfer.protocol import LOCAL, Failure, SendingTicket, SendPhase
-from kv_transfer.transports import Parcel, PushWriter, checksum, plan_parcels, split_regions
+from kv_transfer.transports import Parcel, PushWriter, plan_parcels
 from segue.errors import TransferError
 from segue.v1 import transfer_pb2 as pb
 
@@ -182,8 +182,7 @@ class Push:
             if not self._may_write:
                 return
             regions = source.take(layer, source_blocks, [first_block + index for index in parcel.indices])
-            checksums = [checksum(region) for region in split_regions(regions, region_bytes)]
-            payload = writer.write(parcel, regions)
+            checksums, payload = writer.write(parcel, regions)
             self._loop.call_soon_threadsafe(self._announce, parcel, checksums, payload)
 
     def _on_written(self, written: Future[None]) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import zmq
 import zmq.asyncio
 
-from kv_transfer.transports import MAX_PUSH_BYTES
+from kv_transfer.transports import MAX_FRAME_BYTES
 from segue.errors import ConfigError, TransferRefused
 
 # A peer that says nothing for this long, though pinged, has lost its connection.
@@ -31,7 +31,7 @@ async def bind_receiver(context: zmq.asyncio.Context, host: str, region_bytes: i
     # Sending to a peer that went away is then an error, which is how its loss is noticed.
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
-    socket.setsockopt(zmq.MAXMSGSIZE, max(MAX_PUSH_BYTES, region_bytes, _MAX_CONTROL_BYTES))
+    socket.setsockopt(zmq.MAXMSGSIZE, max(MAX_FRAME_BYTES, region_bytes, _MAX_CONTROL_BYTES))
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=net.SOCK_STREAM)
         address = str(found[0][4][0])

@@ -19,7 +19,7 @@ from segue.kv_layout import KVLayout
 from segue.v1 import transfer_pb2 as pb
 layout = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, block_size=2, dtype="float32", model_revision="test")
 with KVMemory.open(layout, pb.SharedSegment.FromString(bytes.fromhex(sys.argv[1]))) as memory:
-    memory.write(2, 1, memoryview(b"x" * layout.region_bytes))
+    memory.region(2, 1)[:] = b"x" * layout.region_bytes
 """
 
 

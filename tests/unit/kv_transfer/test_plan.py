@@ -103,7 +103,9 @@ def move(source: Worker, target: Worker, wire_dtype: str, first_block: int, piec
                     regions = SourceRegions(source_memory, form).take(layer, source.blocks, part.tolist())
                     assert sum(region.nbytes for region in regions) == len(part) * form.region_bytes
                     assert all(region.nbytes % form.region_bytes == 0 for region in regions)
-                    TargetRegions(memory, form).put(layer, [target.blocks[index] for index in part], regions)
+                    into = TargetRegions(memory, form)
+                    take = into.copy if into.is_direct else into.convert
+                    take(layer, [target.blocks[index] for index in part], regions)
 
 
 @settings(max_examples=120, deadline=None)

@@ -11,7 +11,8 @@ import pytest
 import zmq.asyncio
 
 from kv_transfer.identity import host_identity
-from kv_transfer.transports import ShmWriter, TcpWriter, checksum
+from kv_transfer.pieces import Pieces, checksums
+from kv_transfer.transports import ShmWriter, TcpWriter
 from segue.errors import ChecksumMismatch, ConfigError, LeaseExpired, TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
 
@@ -84,15 +85,15 @@ async def test_damaged_bytes_are_noticed(pair, transport, monkeypatch):
     push = await sender.open(incoming.ticket)
     honest = {"shm": ShmWriter, "tcp": TcpWriter}[transport].write
 
-    def damaging(writer: Any, parcel: Any, regions: list[memoryview]) -> list[memoryview]:
-        payload = honest(writer, parcel, regions)
+    def damaging(writer: Any, parcel: Any, regions: list[memoryview]) -> tuple[list[int], list[memoryview]]:
+        checksums, payload = honest(writer, parcel, regions)
         if parcel.layer == 1 and transport == "shm":
             pair.target.region(1, 2)[5] ^= 1
         elif parcel.layer == 1:
             damaged = bytearray(payload[0])
             damaged[-1] ^= 1
-            return [memoryview(damaged)]
-        return payload
+            return checksums, [memoryview(damaged)]
+        return checksums, payload
 
     monkeypatch.setattr({"shm": ShmWriter, "tcp": TcpWriter}[transport], "write", damaging)
     for layer in range(pair.layout.num_layers):
@@ -145,7 +146,7 @@ async def test_the_fence_waits_for_a_write_in_place_that_is_under_way(pair, monk
     loop, begun, may_go_on = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     honest = ShmWriter.write
 
-    def slow(writer: Any, parcel: Any, regions: list[memoryview]) -> list[memoryview]:
+    def slow(writer: Any, parcel: Any, regions: list[memoryview]) -> tuple[list[int], list[memoryview]]:
         loop.call_soon_threadsafe(begun.set)
         asyncio.run_coroutine_threadsafe(may_go_on.wait(), loop).result(TIMEOUT_S)
         return honest(writer, parcel, regions)
@@ -377,7 +378,8 @@ async def test_a_block_pushed_twice_with_other_bytes_ends_the_ticket(pair):
         await peer.greet()
         await peer.open(incoming.ticket)
         for content in (b"a" * size, b"a" * size, b"b" * size):
-            push = pb.Push(ticket_id=incoming.ticket.ticket_id, layer=0, indices=[0], checksums=[checksum(content)])
+            found = checksums(Pieces.of([memoryview(content)], size), size)
+            push = pb.Push(ticket_id=incoming.ticket.ticket_id, layer=0, indices=[0], checksums=found)
             await peer.send([content], push=push)
         with pytest.raises(TransferRefused, match="pushed twice"):
             await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
