@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import zmq.asyncio
 from google.protobuf.message import DecodeError
@@ -19,13 +20,16 @@ from zmq.utils.monitor import parse_monitor_message
 from kv_transfer.identity import WorkerIdentity, host_identity
 from kv_transfer.memory import KVMemory
 from kv_transfer.plan import SourceRegions, TargetRegions, format_of, mismatch, peer_layout
-from kv_transfer.protocol import LOCAL, SHM, Failure, revoked_frame
+from kv_transfer.protocol import DIST, LOCAL, SHM, Failure, revoked_frame
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sockets import LOSS_EVENTS, connected_sender
-from kv_transfer.transports import PushWriter, ShmWriter, TcpWriter, region_format
+from kv_transfer.transports import Payload, PushWriter, RegionSource, ShmWriter, TcpWriter, region_format
 from segue.errors import TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
+
+if TYPE_CHECKING:
+    from kv_transfer.distributed import Channel
 
 # How long the last words of a connection may take to leave.
 _CLOSE_TIMEOUT_S = 1.0
@@ -40,12 +44,10 @@ class _Connection(ABC):
         self._has_pushes = asyncio.Event()
 
     @abstractmethod
-    def path_of(self, ticket: pb.Ticket) -> tuple[SourceRegions, PushWriter] | None: ...
+    def path_of(self, ticket: pb.Ticket) -> tuple[RegionSource, PushWriter] | None: ...
 
     @abstractmethod
-    def post(
-        self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
-    ) -> None: ...
+    def post(self, frame: pb.TransferFrame, payload: Payload = (), is_wanted: Callable[[], bool] | None = None) -> None: ...
 
     def attach(self, push: Push) -> None:
         self._pushes[push.ticket.ticket_id] = push
@@ -104,9 +106,7 @@ class LocalConnection(_Connection):
     def path_of(self, ticket: pb.Ticket) -> None:
         return None
 
-    def post(
-        self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
-    ) -> None:
+    def post(self, frame: pb.TransferFrame, payload: Payload = (), is_wanted: Callable[[], bool] | None = None) -> None:
         self._call(frame)
 
     def start(self) -> None:
@@ -147,28 +147,32 @@ class RemoteConnection(_Connection):
         # How the receiver stores KV, from its Welcome on; and over shared memory its cache itself.
         self._target_layout = memory.layout
         self._target: KVMemory | None = None
-        self._outgoing: deque[tuple[pb.TransferFrame, Sequence[memoryview], Callable[[], bool] | None]] = deque()
+        # What payloads go by, other than frames.
+        self._channel: Channel | None = None
+        self._outgoing: deque[tuple[pb.TransferFrame, Payload, Callable[[], bool] | None]] = deque()
         self._has_outgoing = asyncio.Event()
         self._has_none_outgoing = asyncio.Event()
         self._has_none_outgoing.set()
         self._task: asyncio.Task[None] | None = None
 
-    def post(
-        self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
-    ) -> None:
+    def post(self, frame: pb.TransferFrame, payload: Payload = (), is_wanted: Callable[[], bool] | None = None) -> None:
         if self.failure is not None:
             return
         self._outgoing.append((frame, payload, is_wanted))
         self._has_none_outgoing.clear()
         self._has_outgoing.set()
 
-    def path_of(self, ticket: pb.Ticket) -> tuple[SourceRegions, PushWriter]:
+    def path_of(self, ticket: pb.Ticket) -> tuple[RegionSource, PushWriter]:
         form = region_format(ticket, self._target_layout, self.transport, self._format.wire_dtype)
         own = self._memory.layout.heads
         if not form.heads or form.heads.start < own.start or form.heads.stop > own.stop:
             raise TransferRefused(f"{self._peer} wants KV heads {form.heads}; {self._identity.worker_id} has {own}")
         if ticket.block_size != form.layout.block_size:
             raise TransferRefused(f"a ticket for blocks of {ticket.block_size} tokens, but {self._peer} has others")
+        if self._channel is not None:
+            from kv_transfer.distributed import DistWriter, TensorSource
+
+            return TensorSource(self._memory, form), DistWriter(form.region_bytes)
         source = SourceRegions(self._memory, form)
         return source, ShmWriter(TargetRegions(self._target, form)) if self._target else TcpWriter(form.region_bytes)
 
@@ -209,6 +213,8 @@ class RemoteConnection(_Connection):
             await self._fail_all(failure)
             if self._target is not None:
                 self._target.close()
+            if self._channel is not None:
+                self._channel.close()
 
     async def _shake_hands(self, socket: zmq.asyncio.Socket) -> None:
         """Agrees on a transport. When shared memory was agreed on and cannot be opened, asks again without it."""
@@ -221,6 +227,11 @@ class RemoteConnection(_Connection):
                 if not others:
                     raise TransferRefused(error.message) from None
                 welcome = await self._greet(socket, others)
+        if welcome.transport == DIST:
+            from kv_transfer.distributed import Channel
+
+            device = self._memory.tensor.device
+            self._channel = await Channel.join_as_sender(self._endpoint, welcome.rendezvous, device)
         self.transport = welcome.transport
 
     async def _greet(self, socket: zmq.asyncio.Socket, transports: Sequence[str]) -> pb.Welcome:
@@ -261,8 +272,16 @@ class RemoteConnection(_Connection):
             await self._has_outgoing.wait()
             while self._outgoing:
                 frame, payload, is_wanted = self._outgoing.popleft()
-                if is_wanted is None or is_wanted():
+                if is_wanted is not None and not is_wanted():
+                    continue
+                if self._channel is None:
                     await socket.send_multipart([frame.SerializeToString(), *payload], copy=False)
+                    continue
+                if payload:
+                    frame.push.num_bytes = sum(part.nbytes for part in payload)
+                await socket.send_multipart([frame.SerializeToString()])
+                for part in payload:
+                    await self._channel.send(part)
             self._has_outgoing.clear()
             self._has_none_outgoing.set()
 

@@ -13,7 +13,7 @@ import mmap
 import os
 import secrets
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ import numpy.typing as npt
 from segue.errors import ConfigError, TransferError
 from segue.kv_layout import KVLayout
 from segue.v1 import transfer_pb2 as pb
+
+if TYPE_CHECKING:
+    import torch
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
@@ -101,6 +104,13 @@ class KVMemory:
         return pb.SharedSegment(
             pid=os.getpid(), fd=self._fd, num_bytes=self.num_bytes, num_blocks=self.num_blocks, name=self._name
         )
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """uint8 [num_bytes], a view."""
+        import torch
+
+        return torch.frombuffer(self.buffer, dtype=torch.uint8)
 
     def region(self, layer: int, block: int) -> memoryview:
         """One block of one layer, `layout.region_bytes` long."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from segue.errors import LeaseExpired, TransferError, TransferRefused, error_from_code
 from segue.v1 import transfer_pb2 as pb
 
-SHM, TCP, LOCAL = "shm", "tcp", "local"
+SHM, TCP, DIST, LOCAL = "shm", "tcp", "dist", "local"
 Frames = list[pb.TransferFrame]
 
 
@@ -219,7 +219,7 @@ class ReceivingTicket:
         return self._fail(Failure(TransferRefused, f"{what} for ticket {self.ticket_id}, which was committed already"))
 
     def _problem(self, push: pb.Push, payload_sizes: Sequence[int]) -> str:
-        expected_bytes = len(push.indices) * self.region_bytes if self.transport == TCP else 0
+        expected_bytes = len(push.indices) * self.region_bytes if self.transport in {TCP, DIST} else 0
         if push.layer >= self.num_layers:
             return f"layer {push.layer} of {self.num_layers}"
         if not push.indices or len(push.indices) != len(push.checksums):

@@ -12,9 +12,8 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Protocol
 
-from kv_transfer.plan import SourceRegions
 from kv_transfer.protocol import LOCAL, Failure, SendingTicket, SendPhase
-from kv_transfer.transports import Parcel, PushWriter, plan_parcels
+from kv_transfer.transports import Parcel, Payload, PushWriter, RegionSource, plan_parcels
 from segue.errors import TransferError
 from segue.v1 import transfer_pb2 as pb
 
@@ -24,13 +23,11 @@ class Connection(Protocol):
 
     transport: str
 
-    def path_of(self, ticket: pb.Ticket) -> tuple[SourceRegions, PushWriter] | None:
+    def path_of(self, ticket: pb.Ticket) -> tuple[RegionSource, PushWriter] | None:
         """Where the ticket's bytes come from and what brings them over; None when nothing is to be written. Raises
         TransferRefused for a ticket that asks for what this worker has not."""
 
-    def post(
-        self, frame: pb.TransferFrame, payload: Sequence[memoryview] = (), is_wanted: Callable[[], bool] | None = None
-    ) -> None:
+    def post(self, frame: pb.TransferFrame, payload: Payload = (), is_wanted: Callable[[], bool] | None = None) -> None:
         """Queues a frame. Just before it goes, `is_wanted` may still drop it."""
 
     def attach(self, push: Push) -> None:
@@ -173,9 +170,7 @@ class Push:
 
     # On the transfer thread
 
-    def _write(
-        self, source: SourceRegions, writer: PushWriter, layer: int, source_blocks: Sequence[int], blocks: range
-    ) -> None:
+    def _write(self, source: RegionSource, writer: PushWriter, layer: int, source_blocks: Sequence[int], blocks: range) -> None:
         first_block, region_bytes = self.ticket.first_block, source.format.region_bytes
         indices = range(blocks.start - first_block, blocks.stop - first_block)
         for parcel in plan_parcels(layer, indices, self._block_ids, region_bytes):
@@ -192,7 +187,7 @@ class Push:
 
     # On the event loop
 
-    def _announce(self, parcel: Parcel, checksums: list[int], payload: list[memoryview]) -> None:
+    def _announce(self, parcel: Parcel, checksums: list[int], payload: Payload) -> None:
         for frame in self._state.push(parcel.layer, parcel.indices, checksums):
             self._connection.post(frame, payload, lambda: self._state.phase is not SendPhase.FAILED)
 

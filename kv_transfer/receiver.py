@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import zmq
 import zmq.asyncio
@@ -25,13 +26,18 @@ from google.protobuf.message import DecodeError
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.incoming import Arrival, Incoming
 from kv_transfer.memory import KVMemory
-from kv_transfer.protocol import LOCAL, Failure, Frames, FreshRegion, ReceivingTicket, unknown_ticket
+from kv_transfer.protocol import DIST, LOCAL, Failure, Frames, FreshRegion, ReceivingTicket, unknown_ticket
 from kv_transfer.sockets import bind_receiver
-from kv_transfer.transports import check_transports
+from kv_transfer.transports import MAX_PUSH_BYTES, Payload, check_transports
 from kv_transfer.writers import Writer, Writers
 from segue.errors import ChecksumMismatch, ConfigError, TransferError
 from segue.kv_layout import KVLayout
 from segue.v1 import transfer_pb2 as pb
+
+if TYPE_CHECKING:
+    from kv_transfer.distributed import Channel
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Arrival", "Incoming", "KVReceiver"]
 
@@ -80,7 +86,15 @@ class KVReceiver:
             self._context.destroy()
             raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-receive")
-        self._writers = Writers(self._identity, self._memory, self._transports, self._post, self._writer_died, self._wire_dtype)
+        rendezvous = None
+        if DIST in self._transports:
+            from kv_transfer.distributed import Rendezvous
+
+            rendezvous = Rendezvous(self._host)
+        self._writers = Writers(
+            self._identity, self._memory, self._transports, self._post, self._writer_died, self._wire_dtype, rendezvous
+        )
+        self._channels: set[asyncio.Task[None]] = set()
         self._tasks = [asyncio.create_task(run()) for run in (self._listen, self._keep_time)]
         for task in self._tasks:
             task.add_done_callback(self._on_task_end)
@@ -89,8 +103,9 @@ class KVReceiver:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._tasks:
+        for task in (*self._tasks, *self._channels):
             task.cancel()
+        await asyncio.gather(*self._channels, return_exceptions=True)
         ends = await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_all(Failure(TransferError, "the receiver was closed"))
         self._writers.close()
@@ -157,15 +172,48 @@ class KVReceiver:
         if frame.HasField("hello"):
             for stopped in self._writers.welcome(connection, frame.hello):
                 self._writer_died(stopped)
+            greeted = self._writers.get(connection)
+            if greeted is not None and greeted.channel is not None:
+                task = asyncio.create_task(self._serve_channel(connection, greeted, greeted.channel))
+                self._channels.add(task)
+                task.add_done_callback(self._channels.discard)
         elif writer is None:
             # Nobody that we know: a sender that we greeted in an earlier life, or no sender of ours at all.
             self.num_bad_frames += 1
+        elif writer.channel is not None:
+            try:
+                writer.inbox.put_nowait(frame)
+            except asyncio.QueueFull:
+                self._lose(connection)
         elif frame.HasField("push"):
-            await self._slots.acquire()
-            if not self._on_push(writer, frame.push, [part.buffer for part in parts[1:]]):
-                self._slots.release()
+            await self._take_push(writer, frame.push, [part.buffer for part in parts[1:]])
         else:
             self._on_frame(writer, frame)
+
+    async def _serve_channel(self, connection: bytes, writer: Writer, channel: Channel) -> None:
+        """Frames of a sender whose payloads come by a channel of their own: each waits for the payload before it."""
+        try:
+            await channel.join()
+            while True:
+                frame = await writer.inbox.get()
+                if frame.HasField("push"):
+                    num_bytes = frame.push.num_bytes
+                    if not 0 < num_bytes <= max(MAX_PUSH_BYTES, self._memory.layout.region_bytes):
+                        raise TransferError(f"a push of {num_bytes} bytes was announced")
+                    # Also for a ticket that is over: what was announced must be taken.
+                    await self._take_push(writer, frame.push, [await channel.receive(num_bytes)])
+                else:
+                    self._on_frame(writer, frame)
+        except TransferError as error:
+            logger.warning("lost a sender: %s", error.message)
+            self._lose(connection)
+        finally:
+            channel.close()
+
+    async def _take_push(self, writer: Writer, push: pb.Push, payload: Payload) -> None:
+        await self._slots.acquire()
+        if not self._on_push(writer, push, payload):
+            self._slots.release()
 
     def _on_frame(self, writer: Writer, frame: pb.TransferFrame) -> None:
         kind = frame.WhichOneof("message")
@@ -209,7 +257,7 @@ class KVReceiver:
             handle(incoming.state)
             self._dispatch(incoming, [])
 
-    def _on_push(self, writer: Writer, push: pb.Push, payload: list[memoryview]) -> bool:
+    def _on_push(self, writer: Writer, push: pb.Push, payload: Payload) -> bool:
         """Whether a check was started, which frees its slot when it ends."""
         incoming = self._tickets.get(push.ticket_id)
         if incoming is None:
@@ -273,7 +321,11 @@ class KVReceiver:
         sent.add_done_callback(partial(self._on_sent, connection))
 
     def _on_sent(self, connection: bytes, sent: asyncio.Future[object]) -> None:
-        if not sent.cancelled() and sent.exception() is not None and (writer := self._writers.lose(connection)) is not None:
+        if not sent.cancelled() and sent.exception() is not None:
+            self._lose(connection)
+
+    def _lose(self, connection: bytes) -> None:
+        if (writer := self._writers.lose(connection)) is not None:
             for incoming in self._tickets_of(writer):
                 incoming.state.writer_lost()
                 self._dispatch(incoming, [])

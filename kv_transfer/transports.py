@@ -4,6 +4,7 @@
 |-----------|---------------------------------------------|-------------------------------------------|
 | shm       | copies into the peer's mapped memory        | checks the bytes where they lie           |
 | tcp       | hands out regions as message frames         | copies the bytes in and checks them       |
+| dist      | hands tensors to torch.distributed          | checks them, then scatters them           |
 | local     | does nothing: both phases share one cache   | has nothing to do                         |
 
 Writers and readers run on transfer threads; see pieces.py for their work on bytes.
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from kv_transfer.identity import same_host
 from kv_transfer.pieces import Pieces, checksums
 from kv_transfer.plan import RegionFormat, TargetRegions
-from kv_transfer.protocol import SHM, TCP, FreshRegion
+from kv_transfer.protocol import DIST, SHM, TCP, FreshRegion
+from kv_transfer.tensors import TensorMemory
 from segue.errors import ConfigError
 from segue.kv_layout import KVLayout
 from segue.v1 import transfer_pb2 as pb
@@ -33,24 +35,24 @@ MAX_FRAME_BYTES = 2**20
 
 def choose_transport(hello: pb.Hello, host: pb.HostIdentity, accepted: Sequence[str]) -> str | None:
     """The sender's best transport that the receiver, a process on `host`, accepts too; None when there is none."""
-    possible = {TCP, SHM} if same_host(hello.host, host) else {TCP}
+    possible = {TCP, DIST, SHM} if same_host(hello.host, host) else {TCP, DIST}
     return next((name for name in hello.transports if name in possible and name in accepted), None)
 
 
 def check_transports(transports: Sequence[str]) -> tuple[str, ...]:
     """Raises ConfigError for names that are no transports."""
-    if not transports or not {SHM, TCP}.issuperset(transports):
-        raise ConfigError(f"kv_transport: {', '.join(transports) or 'none'} given; give shm, tcp or both")
+    if not transports or not {SHM, TCP, DIST}.issuperset(transports):
+        raise ConfigError(f"kv_transport: {', '.join(transports) or 'none'} given; give some of shm, tcp, dist")
     return tuple(transports)
 
 
 def region_format(ticket: pb.Ticket, target: KVLayout, transport: str, wire_dtype: str) -> RegionFormat:
-    """How the ticket's regions travel into memory of layout `target`. In shared memory they are written as they are stored."""
+    """How the ticket's regions travel into memory of layout `target`: as it stores them, over TCP perhaps in `wire_dtype`."""
     return RegionFormat.of(
         range(ticket.first_kv_head, ticket.first_kv_head + ticket.num_kv_heads),
         head_dim=target.head_dim,
         block_size=target.block_size,
-        dtype=target.dtype if transport == SHM else wire_dtype or target.dtype,
+        dtype=wire_dtype if wire_dtype and transport == TCP else target.dtype,
     )
 
 
@@ -71,10 +73,33 @@ def plan_parcels(layer: int, indices: Sequence[int], block_ids: Sequence[int], r
         yield Parcel(layer, part, [block_ids[index] for index in part])
 
 
+# Whole regions, in order: memoryviews, over torch.distributed tensors.
+Payload = Sequence[Any]
+
+
+class RegionSource(Protocol):
+    """Where a push's bytes come from."""
+
+    @property
+    def memory(self) -> TensorMemory: ...
+
+    @property
+    def format(self) -> RegionFormat: ...
+
+    def take(self, layer: int, source_blocks: Sequence[int], indices: Sequence[int]) -> Payload:
+        """See SourceRegions."""
+
+
+class RegionTarget(Protocol):
+    """Where they go."""
+
+    @property
+    def format(self) -> RegionFormat: ...
+
+
 class PushWriter(Protocol):
-    def write(self, parcel: Parcel, payload: list[memoryview]) -> tuple[list[int], list[memoryview]]:
-        """Brings the parcel's regions, `payload`, to the peer; returns their checksums and what is to follow its Push as
-        frames."""
+    def write(self, parcel: Parcel, payload: Any) -> tuple[list[int], Payload]:
+        """Brings the parcel's regions, `payload`, to the peer; returns their checksums and what is to follow its Push."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +122,9 @@ class TcpWriter:
 
 class PushReader(Protocol):
     @property
-    def target(self) -> TargetRegions: ...
+    def target(self) -> RegionTarget: ...
 
-    def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Sequence[memoryview]) -> bool:
+    def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Any) -> bool:
         """Takes (region, destination block) pairs of one push into the memory; False when a checksum does not hold."""
 
 

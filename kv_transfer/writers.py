@@ -6,17 +6,24 @@ another connection, proves that it has stopped.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kv_transfer.identity import WorkerIdentity, host_identity
 from kv_transfer.memory import KVMemory
 from kv_transfer.plan import TargetRegions, format_of, mismatch
 from kv_transfer.process_watch import ProcessWatch
-from kv_transfer.protocol import LOCAL, SHM, TCP
+from kv_transfer.protocol import DIST, LOCAL, SHM, TCP
 from kv_transfer.transports import PushReader, ShmReader, TcpReader, choose_transport, region_format
 from segue.v1 import transfer_pb2 as pb
 
+if TYPE_CHECKING:
+    from kv_transfer.distributed import Channel, Rendezvous
+
+# An honest sender announces one push and hands it over before the next: more are a flood.
+_MAX_WAITING_FRAMES = 1024
 FrameSink = Callable[[pb.TransferFrame], None]
 
 
@@ -28,8 +35,13 @@ class Writer:
     transport: str
     post: FrameSink
     watch: ProcessWatch | None = None
+    # For dist alone: what payloads come by, and the frames that wait for those before them.
+    channel: Channel | None = None
+    inbox: asyncio.Queue[pb.TransferFrame] = field(default_factory=lambda: asyncio.Queue(_MAX_WAITING_FRAMES))
 
     def close(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
         if self.watch is not None:
             self.watch.close()
 
@@ -45,6 +57,7 @@ class Writers:
         post: Callable[[bytes, pb.TransferFrame], None],
         on_death: Callable[[Writer], None],
         wire_dtype: str,
+        rendezvous: Rendezvous | None,
     ) -> None:
         self._identity = identity
         self._memory = memory
@@ -52,6 +65,7 @@ class Writers:
         self._post = post
         self._on_death = on_death
         self._format = format_of(memory.layout, wire_dtype)
+        self._rendezvous = rendezvous
         self._host = host_identity()
         self._connected: dict[bytes, Writer] = {}
         # Without a connection, but perhaps alive.
@@ -66,6 +80,10 @@ class Writers:
     def reader(self, writer: Writer, ticket: pb.Ticket) -> PushReader:
         """What takes the ticket's regions in when `writer` sends them."""
         form = region_format(ticket, self._memory.layout, writer.transport, self._format.wire_dtype)
+        if writer.transport == DIST:
+            from kv_transfer.distributed import DistReader, TensorTarget
+
+            return DistReader(TensorTarget(self._memory, form))
         target = TargetRegions(self._memory, form)
         return TcpReader(target) if writer.transport == TCP else ShmReader(target)
 
@@ -122,6 +140,9 @@ class Writers:
         welcome.transport = writer.transport
         if writer.transport == SHM:
             welcome.segment.CopyFrom(self._memory.segment)
+        if writer.transport == DIST and self._rendezvous is not None:
+            writer.channel, meeting = self._rendezvous.invite(self._memory.tensor.device)
+            welcome.rendezvous.CopyFrom(meeting)
         return welcome
 
     def _make_writer(self, connection: bytes, hello: pb.Hello, transport: str) -> Writer | None:

@@ -42,7 +42,7 @@ Dtype = Literal["float32", "bfloat16"]
 KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
 Quantization = Literal["none", "int8", "int4"]
 LinearName = Literal["qkv", "attention_output", "gate_up", "down", "head"]
-KVTransport = Literal["auto", "shm", "tcp"]
+KVTransport = Literal["auto", "shm", "tcp", "dist"]
 KVWire = Literal["stored", "bfloat16", "int8"]
 Role = Literal["prefill", "decode"]
 

@@ -49,7 +49,7 @@ def up(
     max_prefill_tokens: Annotated[int | None, _flag("max_prefill_tokens", shape="TOKENS")] = None,
     max_batch: Annotated[int | None, _flag("max_batch", shape="N")] = None,
     kv_pull: Annotated[bool | None, _flag("kv_pull", flag="--kv-pull/--no-kv-pull")] = None,
-    kv_transport: Annotated[str | None, _flag("kv_transport", shape="auto|shm|tcp")] = None,
+    kv_transport: Annotated[str | None, _flag("kv_transport", shape="auto|shm|tcp|dist")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.", show_default=False)] = None,
 ) -> None:
     """Start a cluster and keep it serving until Ctrl-C: router, prefill and decode workers under Ray, and the store that

@@ -279,6 +279,7 @@ class Welcome(_message.Message):
     SEGMENT_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    RENDEZVOUS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     transport: _builtins.str
@@ -288,6 +289,8 @@ class Welcome(_message.Message):
     def segment(self) -> Global___SharedSegment: ...
     @_builtins.property
     def format(self) -> Global___KVFormat: ...
+    @_builtins.property
+    def rendezvous(self) -> Global___Rendezvous: ...
     def __init__(
         self,
         *,
@@ -297,14 +300,39 @@ class Welcome(_message.Message):
         segment: Global___SharedSegment | None = ...,
         refusal: _builtins.str = ...,
         format: Global___KVFormat | None = ...,
+        rendezvous: Global___Rendezvous | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "segment", b"segment"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "rendezvous", b"rendezvous", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "format", b"format", "refusal", b"refusal", "segment", b"segment", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "format", b"format", "refusal", b"refusal", "rendezvous", b"rendezvous", "segment", b"segment", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class Rendezvous(_message.Message):
+    """Where the pair's process group of torch.distributed is made: at the receiver's address."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rendezvous: _TypeAlias = Rendezvous  # noqa: Y015
 
 @_typing.final
 class SharedSegment(_message.Message):
@@ -399,15 +427,18 @@ class Push(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     INDICES_FIELD_NUMBER: _builtins.int
     CHECKSUMS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.int
     layer: _builtins.int
+    num_bytes: _builtins.int
+    """Only over torch.distributed: what the sender hands to the process group next."""
     @_builtins.property
     def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Positions in Ticket.block_ids."""
 
     @_builtins.property
     def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One xxh3-64 for each block."""
+        """One for each block: xxh3-64, or over torch.distributed the hash of kv_transfer/distributed.py."""
 
     def __init__(
         self,
@@ -416,10 +447,11 @@ class Push(_message.Message):
         layer: _builtins.int = ...,
         indices: _abc.Iterable[_builtins.int] | None = ...,
         checksums: _abc.Iterable[_builtins.int] | None = ...,
+        num_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "indices", b"indices", "layer", b"layer", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "indices", b"indices", "layer", b"layer", "num_bytes", b"num_bytes", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

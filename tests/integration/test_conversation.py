@@ -86,10 +86,10 @@ async def test_what_arrives_damaged_is_computed_anew(
         prefill = cluster.worker("prefill-0")
         honest = ShmWriter.write
 
-        def damaging(writer: ShmWriter, parcel: Any, regions: list[memoryview]) -> list[memoryview]:
+        def damaging(writer: ShmWriter, parcel: Any, regions: list[memoryview]) -> Any:
             payload = honest(writer, parcel, regions)
             if writer.target.memory.segment.name == prefill_memory_name:
-                writer.target.parts(parcel.layer, parcel.targets[0])[0][3] ^= 1
+                writer.target.memory.region(parcel.layer, parcel.targets[0])[3] ^= 1
             return payload
 
         prefill_memory_name = prefill.memory.segment.name

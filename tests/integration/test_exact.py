@@ -69,7 +69,8 @@ async def seeded_tokens(valkey: Valkey, tiny_model_dir: Path) -> list[tuple[int,
 
 
 @pytest.mark.parametrize(
-    ("colocated", "kv_transport", "used"), [(True, "auto", "local"), (False, "auto", "shm"), (False, "tcp", "tcp")]
+    ("colocated", "kv_transport", "used"),
+    [(True, "auto", "local"), (False, "auto", "shm"), (False, "tcp", "tcp"), (False, "dist", "dist")],
 )
 async def test_the_same_tokens_every_way(
     valkey: Valkey,
