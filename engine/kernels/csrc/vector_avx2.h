@@ -121,12 +121,18 @@ inline Nibbles high_nibbles(const uint8_t* p) {
   return {_mm256_and_si256(_mm256_srli_epi16(load_bytes(p), 4), mask), _mm256_and_si256(_mm256_srli_epi16(load_bytes(p + 32), 4), mask)};
 }
 using GroupSums = Ints;
-inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
+inline void first_products(GroupSums& sum, Nibbles w, const int8_t* four) {
   int32_t all;
   std::memcpy(&all, four, 4);
   const __m256i x = _mm256_set1_epi32(all);
-  sum.a = plus_int16(sum.a, _mm256_maddubs_epi16(w.a, x));
-  sum.b = plus_int16(sum.b, _mm256_maddubs_epi16(w.b, x));
+  sum.a = _mm256_maddubs_epi16(w.a, x);
+  sum.b = _mm256_maddubs_epi16(w.b, x);
+}
+inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
+  GroupSums more;
+  first_products(more, w, four);
+  sum.a = plus_int16(sum.a, more.a);
+  sum.b = plus_int16(sum.b, more.b);
 }
 inline Floats to_floats_of_group(GroupSums x) {
   const __m256i one = _mm256_set1_epi16(1);

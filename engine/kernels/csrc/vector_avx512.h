@@ -108,6 +108,10 @@ inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
   sum.v = _mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, _mm512_set1_epi32(all)));
 #endif
 }
+inline void first_products(GroupSums& sum, Nibbles w, const int8_t* four) {
+  sum = GroupSums{};
+  add_products(sum, w, four);
+}
 inline Floats to_floats_of_group(GroupSums x) {
 #if SEGUE_VNNI
   return {_mm512_cvtepi32_ps(x.v)};

@@ -126,4 +126,8 @@ inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
     for (int j = 0; j < 4; ++j) sum.v[i] += w.v[4 * i + j] * four[j];
   }
 }
+inline void first_products(GroupSums& sum, Nibbles w, const int8_t* four) {
+  sum = GroupSums{};
+  add_products(sum, w, four);
+}
 inline Floats to_floats_of_group(GroupSums x) { return to_floats(x); }
