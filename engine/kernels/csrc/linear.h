@@ -100,8 +100,8 @@ struct Outputs {
   }
 };
 
-template <class Number, class Load>
-inline void multiply_floats(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out, Load load_weights) {
+template <class Number>
+inline void multiply_floats(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out) {
   const int64_t num_inputs = out.layer.num_inputs;
   const Number* weights = static_cast<const Number*>(out.layer.panels) + panel * num_inputs * kLanes;
   for (int64_t row = first_row; row < end_row; row += kMaxRows) {
@@ -110,7 +110,7 @@ inline void multiply_floats(const Rows& rows, int64_t first_row, int64_t end_row
       Floats sums[R];
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) sums[r] = broadcast(0.0f);
-      add_tile<R>(sums, rows.floats + row * rows.width, rows.width, weights, kLanes, num_inputs, load_weights);
+      add_tile<R>(sums, rows.floats + row * rows.width, rows.width, weights, kLanes, num_inputs);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) out.put(row + r, panel * kLanes, sums[r]);
     });
@@ -267,8 +267,8 @@ inline void linear(Pool& pool, const Linear& layer, const float* inputs, int64_t
       const int64_t end_row = std::min(row + kRowBlock, num_rows);
       for (int64_t panel = num_panels * share / num_shares; panel < num_panels * (share + 1) / num_shares; ++panel) {
         switch (layer.format) {
-          case kFloat32: multiply_floats<float>(rows, row, end_row, panel, out, [](const float* p) { return load(p); }); break;
-          case kBfloat16: multiply_floats<uint16_t>(rows, row, end_row, panel, out, [](const uint16_t* p) { return load(p); }); break;
+          case kFloat32: multiply_floats<float>(rows, row, end_row, panel, out); break;
+          case kBfloat16: multiply_floats<uint16_t>(rows, row, end_row, panel, out); break;
           case kInt8: multiply_int8(rows, row, end_row, panel, out, scratch); break;
           case kInt4: multiply_int4(rows, row, end_row, panel, out); break;
         }
