@@ -98,7 +98,7 @@ struct Block {
 struct Tile {
   int64_t key_stride;
   int64_t value_stride;
-  float* queries;  // [rows][value_stride], scaled
+  float* queries;  // [rows][value_stride], scaled: their scores are powers of 2
   float* outputs;  // [rows][value_stride], not yet divided by the weights' sum
   float* weights;  // [kMaxRows][key_stride]
   float* sums;     // [rows][kLanes]: of the weights so far, lane by lane
@@ -138,67 +138,98 @@ inline void expand(const Number* from, int64_t num_rows, int64_t width, float* t
   }
 }
 
-// Scores become weights: exp(score - highest so far). `visible` positions count, the others get 0. Returns the highest so far.
-inline float weigh(float* scores, int64_t visible, int64_t positions, float highest) {
-  Floats most = broadcast(highest);
-  for (int64_t p = 0; p < visible; p += kLanes) most = max(most, first(static_cast<int>(visible - p), load(scores + p), most));
-  highest = largest(most);
-  for (int64_t p = 0; p < positions; p += kLanes) {
-    const Floats weights = exponential(load(scores + p) - broadcast(highest));
-    store(scores + p, first(static_cast<int>(visible - p), weights, broadcast(0.0f)));
+// The largest of `highest` and a row's scores. Only `visible` positions count: the others' scores become -infinity.
+inline float find_highest(float* scores, int64_t visible, int64_t num_columns, float highest) {
+  for (int64_t p = visible / kLanes * kLanes; p < num_columns; p += kLanes) {
+    store(scores + p, first(static_cast<int>(visible - p), load(scores + p), broadcast(-__builtin_inff())));
   }
-  return highest;
+  Floats most = broadcast(highest);
+  for (int64_t p = 0; p < num_columns; p += kLanes) most = max(most, load(scores + p));
+  return largest(most);
+}
+
+// Scores become weights: 2^(score - highest). Returns their sum, lane by lane.
+inline Floats weigh(float* scores, int64_t num_columns, float highest) {
+  Floats sums = broadcast(0.0f);
+  for (int64_t p = 0; p < num_columns; p += kLanes) {
+    const Floats weights = exponential2(load(scores + p) - broadcast(highest));
+    store(scores + p, weights);
+    sums = sums + weights;
+  }
+  return sums;
+}
+
+// R rows meet C times 16 columns of a block's keys.
+template <int R, int C, class Number>
+inline void score_columns(const Cache& cache, const Tile& tile, int64_t row, const Block<Number>& block, int64_t column) {
+  Floats scores[R * C];
+#pragma GCC unroll 12
+  for (auto& each : scores) each = broadcast(0.0f);
+  add_tile<R, C>(scores, tile.queries + row * tile.value_stride, tile.value_stride, block.keys + column, block.key_stride, cache.head_dim);
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c, column += kLanes) {
+    if (block.key_scales) {
+      const Floats scales = load_some(block.key_scales + column, cache.block_size - column);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) scores[c * R + r] = scores[c * R + r] * scales;
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) store(tile.weights + r * tile.key_stride + column, scores[c * R + r]);
+  }
+}
+
+// R rows' outputs, scaled by the rows' factors, take in C times 16 columns of a block's values.
+template <int R, int C, class Number>
+inline void add_values(const Tile& tile, int64_t row, const Block<Number>& block, int64_t column, int64_t positions, const float* factors) {
+  float* outputs = tile.outputs + row * tile.value_stride + column;
+  Floats sums[R * C];
+#pragma GCC unroll 12
+  for (int i = 0; i < R * C; ++i) sums[i] = load(outputs + i % R * tile.value_stride + i / R * kLanes) * broadcast(factors[i % R]);
+  add_tile<R, C>(sums, tile.weights, tile.key_stride, block.values + column, block.value_stride, positions);
+#pragma GCC unroll 12
+  for (int i = 0; i < R * C; ++i) store(outputs + i % R * tile.value_stride + i / R * kLanes, sums[i]);
+}
+
+// Calls work(column, C) for C times 16 columns after the other: as many at a time as keep the processor busy with R rows.
+template <int R, class Work>
+inline void with_columns(int64_t num_columns, Work&& work) {
+  constexpr int C = 2 * R <= kMaxRows ? 2 : 1;
+  int64_t column = 0;
+  for (; column + C * kLanes <= num_columns; column += C * kLanes) work(column, std::integral_constant<int, C>());
+  if (column < num_columns) work(column, std::integral_constant<int, 1>());
 }
 
 // R rows meet the first `positions` positions of a block; row r sees visible[r] of them.
 template <int R, class Number>
 inline void attend_block(const Cache& cache, const Tile& tile, int64_t row, const Block<Number>& block, const int64_t* visible, int64_t positions) {
   const int64_t num_columns = round_up(positions, kLanes);
-  const auto as_floats = [](const Number* p) { return load(p); };
-  for (int64_t column = 0; column < num_columns; column += kLanes) {
-    if (block.next_keys) prefetch(block.next_keys + cache.slab_bytes * column / tile.key_stride, cache.slab_bytes * kLanes / tile.key_stride);
-    Floats scores[R];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) scores[r] = broadcast(0.0f);
-    add_tile<R>(scores, tile.queries + row * tile.value_stride, tile.value_stride, block.keys + column, block.key_stride, cache.head_dim, as_floats);
-    const Floats scales = block.key_scales ? load_some(block.key_scales + column, cache.block_size - column) : broadcast(1.0f);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) store(tile.weights + r * tile.key_stride + column, scores[r] * scales);
-  }
-  float changes[kLanes] = {};
+  const auto fetch = [&](const uint8_t* next, int64_t column, int64_t end, int64_t num_columns) {
+    if (next) prefetch(next + cache.slab_bytes * column / end, cache.slab_bytes * num_columns / end);
+  };
+  with_columns<R>(num_columns, [&](int64_t column, auto count) {
+    fetch(block.next_keys, column, tile.key_stride, count * kLanes);
+    score_columns<R, decltype(count)::value>(cache, tile, row, block, column);
+  });
+  float changes[kLanes] = {}, factors[kLanes];
   for (int r = 0; r < R; ++r) {
-    if (visible[r] <= 0) {
-      std::memset(tile.weights + r * tile.key_stride, 0, num_columns * sizeof(float));
-      continue;
-    }
-    const float before = tile.highest[row + r];
-    tile.highest[row + r] = weigh(tile.weights + r * tile.key_stride, visible[r], num_columns, before);
-    changes[r] = before - tile.highest[row + r];  // -infinity before the first block, whose sums and outputs are 0
+    float& highest = tile.highest[row + r];
+    const float before = highest;
+    highest = find_highest(tile.weights + r * tile.key_stride, std::max<int64_t>(0, visible[r]), num_columns, before);
+    changes[r] = before - highest;  // -infinity before the first block, whose sums and outputs are 0
   }
-  float factors[kLanes];
-  store(factors, exponential(load(changes)));
+  store(factors, exponential2(load(changes)));
   for (int r = 0; r < R; ++r) {
     float* weights = tile.weights + r * tile.key_stride;
-    Floats sums = load(tile.sums + (row + r) * kLanes) * broadcast(factors[r]);
-    for (int64_t column = 0; column < num_columns; column += kLanes) {
-      const Floats added = load(weights + column);
-      sums = sums + added;
-      if (block.value_scales) store(weights + column, added * load_some(block.value_scales + column, cache.block_size - column));
+    float* sums = tile.sums + (row + r) * kLanes;
+    store(sums, fma(load(sums), broadcast(factors[r]), weigh(weights, num_columns, tile.highest[row + r])));
+    for (int64_t column = 0; block.value_scales && column < num_columns; column += kLanes) {
+      store(weights + column, load(weights + column) * load_some(block.value_scales + column, cache.block_size - column));
     }
-    store(tile.sums + (row + r) * kLanes, sums);
   }
-  for (int64_t column = 0; column < tile.value_stride; column += kLanes) {
-    float* outputs = tile.outputs + row * tile.value_stride + column;
-    if (block.next_values) {
-      prefetch(block.next_values + cache.slab_bytes * column / tile.value_stride, cache.slab_bytes * kLanes / tile.value_stride);
-    }
-    Floats sums[R];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) sums[r] = load(outputs + r * tile.value_stride) * broadcast(factors[r]);
-    add_tile<R>(sums, tile.weights, tile.key_stride, block.values + column, block.value_stride, positions, as_floats);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) store(outputs + r * tile.value_stride, sums[r]);
-  }
+  with_columns<R>(tile.value_stride, [&](int64_t column, auto count) {
+    fetch(block.next_values, column, tile.value_stride, count * kLanes);
+    add_values<R, decltype(count)::value>(tile, row, block, column, positions, factors);
+  });
 }
 
 // Consecutive tokens of a piece with the query heads that share one K head.
@@ -264,7 +295,7 @@ inline void attend_task(const Cache& cache, int64_t layer, const Task& task, con
   const int64_t row_width = (cache.num_heads + 2 * cache.num_kv_heads) * cache.head_dim, output_width = cache.num_heads * cache.head_dim;
   const int64_t first_token = task.piece->first_row + task.first_position - task.piece->start;
   const Tile tile = take_tile(cache, num_rows, scratch);
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(cache.head_dim));
+  const float scale = kLog2E / __builtin_sqrtf(static_cast<float>(cache.head_dim));
   std::memset(tile.queries, 0, num_rows * tile.value_stride * sizeof(float));
   std::memset(tile.outputs, 0, num_rows * tile.value_stride * sizeof(float));
   std::memset(tile.sums, 0, num_rows * kLanes * sizeof(float));

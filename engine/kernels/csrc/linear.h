@@ -9,9 +9,9 @@ struct Rows {
   int64_t width;   // inputs, filled up with zeros to a multiple of kGroup
   float* floats;            // [count][width], of float formats
   Activation* activations;  // [count][width], of kInt8
-  int8_t* bytes;            // [count][width], of kInt4
-  float* scales;            // [count], of kInt8; [count][width / kGroup], of kInt4
-  float* totals;            // [count][width / kGroup], of kInt4: sum of the group's inputs
+  int8_t* bytes;            // [width / kGroup][count][kGroup], of kInt4: a group's rows lie one after the other
+  float* scales;            // [count], of kInt8; [width / kGroup][count], of kInt4
+  float* totals;            // [width / kGroup][count], of kInt4: sum of the group's inputs
 };
 
 inline Rows take_rows(const Linear& layer, int64_t count, Scratch& scratch) {
@@ -68,12 +68,12 @@ inline void quantize_row_int4(const float* row, const Rows& rows, int64_t index)
     const float most = largest(max(absolute(low), absolute(high)));
     const Floats factor = broadcast(quantizing(most));
     const Ints low_ints = round(low * factor), high_ints = round(high * factor);
-    int8_t* to = rows.bytes + index * rows.width + group * kGroup;
+    int8_t* to = rows.bytes + (group * rows.count + index) * kGroup;
     store_int8(to, low_ints);
     store_int8(to + kLanes, high_ints);
     const float scale = most / 127.0f;
-    rows.scales[index * num_groups + group] = scale;
-    rows.totals[index * num_groups + group] = sum(to_floats(low_ints) + to_floats(high_ints)) * scale;
+    rows.scales[group * rows.count + index] = scale;
+    rows.totals[group * rows.count + index] = sum(to_floats(low_ints) + to_floats(high_ints)) * scale;
   }
 }
 
@@ -100,8 +100,8 @@ struct Outputs {
   }
 };
 
-template <class Number, class Load>
-inline void multiply_floats(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out, Load load_weights) {
+template <class Number>
+inline void multiply_floats(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out) {
   const int64_t num_inputs = out.layer.num_inputs;
   const Number* weights = static_cast<const Number*>(out.layer.panels) + panel * num_inputs * kLanes;
   for (int64_t row = first_row; row < end_row; row += kMaxRows) {
@@ -110,7 +110,7 @@ inline void multiply_floats(const Rows& rows, int64_t first_row, int64_t end_row
       Floats sums[R];
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) sums[r] = broadcast(0.0f);
-      add_tile<R>(sums, rows.floats + row * rows.width, rows.width, weights, kLanes, num_inputs, load_weights);
+      add_tile<R>(sums, rows.floats + row * rows.width, rows.width, weights, kLanes, num_inputs);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) out.put(row + r, panel * kLanes, sums[r]);
     });
@@ -199,30 +199,33 @@ inline void multiply_int8(const Rows& rows, int64_t first_row, int64_t end_row, 
   multiply_int8_panel(rows, first_row, end_row, panel, weights, out);
 }
 
-constexpr int kInt4Rows = kMaxRows > 4 ? 4 : kMaxRows;
+constexpr int kInt4Rows = std::min(kMaxRows, 6);
 constexpr int64_t kInt4GroupBytes = kLanes * (2 * sizeof(uint16_t) + kGroup / 2);
 
 // R rows of a tile: sums[r] += the group's products, scaled.
 template <int R>
-inline void add_int4_group(Floats (&sums)[R], const uint8_t* group, const int8_t* a, int64_t stride, const float* scales, const float* totals, int64_t num_groups) {
+inline void add_int4_group(Floats (&sums)[R], const uint8_t* group, const int8_t* a, const float* scales, const float* totals) {
   const auto* halves = reinterpret_cast<const uint16_t*>(group);
   const uint8_t* nibbles = group + 2 * kLanes * sizeof(uint16_t);
   prefetch(group + kAhead, kInt4GroupBytes);
-  GroupSums products[R] = {};
+  GroupSums products[R];
 #pragma GCC unroll 4
   for (int octet = 0; octet < kGroup / 8; ++octet) {
     const Nibbles low = low_nibbles(nibbles + octet * 4 * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) add_products(products[r], low, a + r * stride + octet * 8);
+    for (int r = 0; r < R; ++r) {
+      const int8_t* four = a + r * kGroup + octet * 8;
+      octet == 0 ? first_products(products[r], low, four) : add_products(products[r], low, four);
+    }
     const Nibbles high = high_nibbles(nibbles + octet * 4 * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) add_products(products[r], high, a + r * stride + octet * 8 + 4);
+    for (int r = 0; r < R; ++r) add_products(products[r], high, a + r * kGroup + octet * 8 + 4);
   }
   const Floats weight_scales = load_float16(halves), minimums = load_float16(halves + kLanes);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    sums[r] = fma(to_floats_of_group(products[r]) * broadcast(scales + r * num_groups), weight_scales, sums[r]);
-    sums[r] = fma(broadcast(totals + r * num_groups), minimums, sums[r]);
+    sums[r] = fma(to_floats_of_group(products[r]) * broadcast(scales + r), weight_scales, sums[r]);
+    sums[r] = fma(broadcast(totals + r), minimums, sums[r]);
   }
 }
 
@@ -236,8 +239,8 @@ inline void multiply_int4(const Rows& rows, int64_t first_row, int64_t end_row, 
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) sums[r] = broadcast(0.0f);
       for (int64_t group = 0; group < num_groups; ++group) {
-        add_int4_group<R>(sums, groups + group * kInt4GroupBytes, rows.bytes + row * rows.width + group * kGroup, rows.width,
-                          rows.scales + row * num_groups + group, rows.totals + row * num_groups + group, num_groups);
+        const int64_t index = group * rows.count + row;
+        add_int4_group<R>(sums, groups + group * kInt4GroupBytes, rows.bytes + index * kGroup, rows.scales + index, rows.totals + index);
       }
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) out.put(row + r, panel * kLanes, sums[r]);
@@ -264,8 +267,8 @@ inline void linear(Pool& pool, const Linear& layer, const float* inputs, int64_t
       const int64_t end_row = std::min(row + kRowBlock, num_rows);
       for (int64_t panel = num_panels * share / num_shares; panel < num_panels * (share + 1) / num_shares; ++panel) {
         switch (layer.format) {
-          case kFloat32: multiply_floats<float>(rows, row, end_row, panel, out, [](const float* p) { return load(p); }); break;
-          case kBfloat16: multiply_floats<uint16_t>(rows, row, end_row, panel, out, [](const uint16_t* p) { return load(p); }); break;
+          case kFloat32: multiply_floats<float>(rows, row, end_row, panel, out); break;
+          case kBfloat16: multiply_floats<uint16_t>(rows, row, end_row, panel, out); break;
           case kInt8: multiply_int8(rows, row, end_row, panel, out, scratch); break;
           case kInt4: multiply_int4(rows, row, end_row, panel, out); break;
         }

@@ -6,7 +6,16 @@ constexpr int kMaxRows = 6;
 struct Floats { __m256 a, b; };
 struct Ints { __m256i a, b; };
 
-inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline __m256 load_eight(const float* p) { return _mm256_loadu_ps(p); }
+// bfloat16
+inline __m256 load_eight(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline __m256 load_eight(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+template <class Number>
+inline Floats load(const Number* p) { return {load_eight(p), load_eight(p + 8)}; }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
 inline Floats broadcast(float x) { __m256 v = _mm256_set1_ps(x); return {v, v}; }
 inline Floats broadcast(const float* p) { __m256 v = _mm256_broadcast_ss(p); return {v, v}; }
@@ -18,6 +27,16 @@ inline Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_
 inline Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 // x * y + z, rounded once
 inline Floats fma(Floats x, Floats y, Floats z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+// sums[r] += x[r] * sixteen numbers, one half of them after the other: twelve registers of sums, three of x and a half fill all there are.
+template <int R, class Number>
+inline void add_products(Floats* sums, const Floats (&x)[R], const Number* p) {
+  const __m256 low = load_eight(p);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sums[r].a = _mm256_fmadd_ps(x[r].a, low, sums[r].a);
+  const __m256 high = load_eight(p + 8);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sums[r].b = _mm256_fmadd_ps(x[r].b, high, sums[r].b);
+}
 inline Floats absolute(Floats x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
@@ -45,7 +64,7 @@ inline float largest(Floats x) {
 // To the nearest, ties to even.
 inline Ints round(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-// 2 to the power of x, -126 ... 127
+// 2 to the power of x, -126 ... 127; 0 for -127
 inline Floats power_of_two(Ints x) {
   const __m256i bias = _mm256_set1_epi32(127);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(x.a, bias), 23)),
@@ -53,19 +72,9 @@ inline Floats power_of_two(Ints x) {
 }
 
 inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-// bfloat16
-inline Floats load(const uint16_t* p) {
-  const __m256i x = load_bytes(p);
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), 16)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)), 16))};
-}
 inline Floats load_float16(const uint16_t* p) {
   const __m256i x = load_bytes(p);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
-}
-inline Floats load(const int8_t* p) {
-  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};
 }
 // Lanes -128 ... 127 as 16 bytes
 inline void store_int8(int8_t* p, Ints x) {
@@ -121,12 +130,18 @@ inline Nibbles high_nibbles(const uint8_t* p) {
   return {_mm256_and_si256(_mm256_srli_epi16(load_bytes(p), 4), mask), _mm256_and_si256(_mm256_srli_epi16(load_bytes(p + 32), 4), mask)};
 }
 using GroupSums = Ints;
-inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
+inline void first_products(GroupSums& sum, Nibbles w, const int8_t* four) {
   int32_t all;
   std::memcpy(&all, four, 4);
   const __m256i x = _mm256_set1_epi32(all);
-  sum.a = plus_int16(sum.a, _mm256_maddubs_epi16(w.a, x));
-  sum.b = plus_int16(sum.b, _mm256_maddubs_epi16(w.b, x));
+  sum.a = _mm256_maddubs_epi16(w.a, x);
+  sum.b = _mm256_maddubs_epi16(w.b, x);
+}
+inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
+  GroupSums more;
+  first_products(more, w, four);
+  sum.a = plus_int16(sum.a, more.a);
+  sum.b = plus_int16(sum.b, more.b);
 }
 inline Floats to_floats_of_group(GroupSums x) {
   const __m256i one = _mm256_set1_epi16(1);

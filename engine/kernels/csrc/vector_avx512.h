@@ -41,7 +41,7 @@ inline float largest(Floats x) {
 // To the nearest, ties to even.
 inline Ints round(Floats x) { return {_mm512_cvtps_epi32(x.v)}; }
 inline Floats to_floats(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
-// 2 to the power of x, -126 ... 127
+// 2 to the power of x, -126 ... 127; 0 for -127
 inline Floats power_of_two(Ints x) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(x.v, _mm512_set1_epi32(127)), 23))};
 }
@@ -55,6 +55,13 @@ inline Floats load(const uint16_t* p) {
 inline Floats load_float16(const uint16_t* p) { return {_mm512_cvtph_ps(load_bytes(p))}; }
 inline Floats load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+// sums[r] += x[r] * sixteen numbers
+template <int R, class Number>
+inline void add_products(Floats* sums, const Floats (&x)[R], const Number* p) {
+  const Floats numbers = load(p);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sums[r] = fma(x[r], numbers, sums[r]);
 }
 // Lanes -128 ... 127 as 16 bytes
 inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
@@ -107,6 +114,10 @@ inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
 #else
   sum.v = _mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, _mm512_set1_epi32(all)));
 #endif
+}
+inline void first_products(GroupSums& sum, Nibbles w, const int8_t* four) {
+  sum = GroupSums{};
+  add_products(sum, w, four);
 }
 inline Floats to_floats_of_group(GroupSums x) {
 #if SEGUE_VNNI

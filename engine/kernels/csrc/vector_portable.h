@@ -59,7 +59,7 @@ inline float from_bits(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-// 2 to the power of x, -126 ... 127
+// 2 to the power of x, -126 ... 127; 0 for -127
 inline Floats power_of_two(Ints x) {
   return each_lane<Floats>([&](int i) { return from_bits(static_cast<uint32_t>(x.v[i] + 127) << 23); });
 }
@@ -76,6 +76,13 @@ inline Floats load_float16(const uint16_t* p) {
   });
 }
 inline Floats load(const int8_t* p) { return each_lane<Floats>([=](int i) { return static_cast<float>(p[i]); }); }
+// sums[r] += x[r] * sixteen numbers
+template <int R, class Number>
+inline void add_products(Floats* sums, const Floats (&x)[R], const Number* p) {
+  const Floats numbers = load(p);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sums[r] = fma(x[r], numbers, sums[r]);
+}
 inline void store_int8(int8_t* p, Ints x) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(x.v[i]);
 }
@@ -125,5 +132,9 @@ inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
   for (int i = 0; i < kLanes; ++i) {
     for (int j = 0; j < 4; ++j) sum.v[i] += w.v[4 * i + j] * four[j];
   }
+}
+inline void first_products(GroupSums& sum, Nibbles w, const int8_t* four) {
+  sum = GroupSums{};
+  add_products(sum, w, four);
 }
 inline Floats to_floats_of_group(GroupSums x) { return to_floats(x); }
