@@ -43,7 +43,7 @@ __all__ = ["Arrival", "Incoming", "KVReceiver"]
 # At least this often the receiver looks for leases that ran out and writers that went away.
 _TICK_S = 0.5
 # Pushes that were received and not yet checked; more wait in the socket, which slows their writers down.
-_MAX_UNCHECKED_PUSHES = 16
+_MAX_UNCHECKED_PUSHES = 8
 
 
 class KVReceiver:

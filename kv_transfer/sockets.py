@@ -15,8 +15,8 @@ from segue.errors import ConfigError, TransferRefused
 # A peer that says nothing for this long, though pinged, has lost its connection.
 _HEARTBEAT_INTERVAL_MS = 500
 _HEARTBEAT_TIMEOUT_MS = 2_000
-# Pushes are cut so small that these queues hold a few MiB; when they are full the writer waits.
-_QUEUED_MESSAGES = 16
+# Of 4 MiB at most if they are pushes; when the queues are full the writer waits.
+_QUEUED_MESSAGES = 8
 _MAX_CONTROL_BYTES = 2**16
 # What was queued when a socket is closed has this long to leave.
 _LAST_WORDS_MS = 200
