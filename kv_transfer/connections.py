@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import zmq.asyncio
+import zmq
 from google.protobuf.message import DecodeError
 from zmq.utils.monitor import parse_monitor_message
 
@@ -23,7 +23,7 @@ from kv_transfer.plan import SourceRegions, TargetRegions, format_of, mismatch, 
 from kv_transfer.protocol import DIST, LOCAL, SHM, Failure, revoked_frame
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
-from kv_transfer.sockets import LOSS_EVENTS, connected_sender
+from kv_transfer.sockets import LOSS_EVENTS, AsyncSocket, connected_sender
 from kv_transfer.transports import Payload, PushWriter, RegionSource, ShmWriter, TcpWriter, region_format
 from segue.errors import TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
@@ -124,7 +124,7 @@ class RemoteConnection(_Connection):
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.SyncContext,
         ticket: pb.Ticket,
         identity: WorkerIdentity,
         memory: KVMemory,
@@ -216,7 +216,7 @@ class RemoteConnection(_Connection):
             if self._channel is not None:
                 self._channel.close()
 
-    async def _shake_hands(self, socket: zmq.asyncio.Socket) -> None:
+    async def _shake_hands(self, socket: AsyncSocket) -> None:
         """Agrees on a transport. When shared memory was agreed on and cannot be opened, asks again without it."""
         welcome = await self._greet(socket, self._transports)
         if welcome.transport == SHM:
@@ -234,7 +234,7 @@ class RemoteConnection(_Connection):
             self._channel = await Channel.join_as_sender(self._endpoint, welcome.rendezvous, device)
         self.transport = welcome.transport
 
-    async def _greet(self, socket: zmq.asyncio.Socket, transports: Sequence[str]) -> pb.Welcome:
+    async def _greet(self, socket: AsyncSocket, transports: Sequence[str]) -> pb.Welcome:
         identity = self._identity
         hello = pb.Hello(
             worker_id=identity.worker_id,
@@ -245,7 +245,7 @@ class RemoteConnection(_Connection):
             sender_id=self._sender_id,
             format=self._format,
         )
-        await socket.send(pb.TransferFrame(hello=hello).SerializeToString())
+        await socket.send([pb.TransferFrame(hello=hello).SerializeToString()])
         while not (frame := await _receive(socket, self._peer)).HasField("welcome"):
             pass
         welcome = frame.welcome
@@ -263,11 +263,11 @@ class RemoteConnection(_Connection):
         self._target_layout = peer_layout(self._memory.layout, welcome.format)
         return welcome
 
-    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+    async def _read(self, socket: AsyncSocket) -> None:
         while True:
             self._deliver(await _receive(socket, self._peer))
 
-    async def _write(self, socket: zmq.asyncio.Socket) -> None:
+    async def _write(self, socket: AsyncSocket) -> None:
         while True:
             await self._has_outgoing.wait()
             while self._outgoing:
@@ -275,27 +275,27 @@ class RemoteConnection(_Connection):
                 if is_wanted is not None and not is_wanted():
                     continue
                 if self._channel is None:
-                    await socket.send_multipart([frame.SerializeToString(), *payload], copy=False)
+                    await socket.send([frame.SerializeToString(), *payload])
                     continue
                 if payload:
                     frame.push.num_bytes = sum(part.nbytes for part in payload)
-                await socket.send_multipart([frame.SerializeToString()])
+                await socket.send([frame.SerializeToString()])
                 for part in payload:
                     await self._channel.send(part)
             self._has_outgoing.clear()
             self._has_none_outgoing.set()
 
-    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+    async def _watch(self, monitor: AsyncSocket) -> None:
         """Raises TransferError when the connection is lost, or was never made."""
         while True:
-            event = parse_monitor_message(await monitor.recv_multipart())
+            event = parse_monitor_message([part.bytes for part in await monitor.receive()])
             if event["event"] & LOSS_EVENTS:
                 raise TransferError(f"the connection to {self._peer} at {self._endpoint} was lost")
 
 
-async def _receive(socket: zmq.asyncio.Socket, peer: str) -> pb.TransferFrame:
-    parts = await socket.recv_multipart()
+async def _receive(socket: AsyncSocket, peer: str) -> pb.TransferFrame:
+    parts = await socket.receive()
     try:
-        return pb.TransferFrame.FromString(parts[0])
+        return pb.TransferFrame.FromString(parts[0].bytes)
     except DecodeError:
         raise TransferError(f"{peer} sent something that is no transfer frame") from None

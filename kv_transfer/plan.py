@@ -170,11 +170,11 @@ class TargetRegions:
         self.memory.blocks(layer)[np.asarray(blocks, np.intp), :, _within(self.format.heads, layout)] = _pack(tokens, layout)
 
 
-def contiguous_runs(*columns: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(start, length) of the stretches in which every column counts up by one."""
-    start, count = 0, len(columns[0])
+def contiguous_runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, length) of the stretches that count up by one."""
+    start, count = 0, len(numbers)
     for position in range(1, count + 1):
-        if position == count or any(column[position] != column[position - 1] + 1 for column in columns):
+        if position == count or numbers[position] != numbers[position - 1] + 1:
             yield start, position - start
             start = position
 

@@ -58,7 +58,7 @@ class ReceivePhase(enum.Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FreshRegion:
     """A region to check and, over TCP, to copy: `position` counts in the push's own bytes, `index` in the ticket's blocks."""
 
@@ -122,11 +122,13 @@ class ReceivingTicket:
         if not self._is_from_writer(writer, ReceivePhase.OPEN):
             return [], self._unexpected(writer, "a push")
         self.heard_s = now_s
-        if problem := self._problem(push, payload_sizes):
+        # Plain lists: a field of a message makes each of its numbers anew whenever it is read.
+        indices, checksums = list(push.indices), list(push.checksums)
+        if problem := self._problem(push.layer, indices, checksums, payload_sizes):
             return [], self._fail(Failure(TransferRefused, f"bad push for ticket {self.ticket_id}: {problem}"))
         known = self.pushed[push.layer]
         fresh = []
-        for position, (index, checksum) in enumerate(zip(push.indices, push.checksums, strict=True)):
+        for position, (index, checksum) in enumerate(zip(indices, checksums, strict=True)):
             if index not in known:
                 known[index] = checksum
                 fresh.append(FreshRegion(position, index, checksum))
@@ -218,15 +220,15 @@ class ReceivingTicket:
             return []
         return self._fail(Failure(TransferRefused, f"{what} for ticket {self.ticket_id}, which was committed already"))
 
-    def _problem(self, push: pb.Push, payload_sizes: Sequence[int]) -> str:
-        expected_bytes = len(push.indices) * self.region_bytes if self.transport in {TCP, DIST} else 0
-        if push.layer >= self.num_layers:
-            return f"layer {push.layer} of {self.num_layers}"
-        if not push.indices or len(push.indices) != len(push.checksums):
-            return f"{len(push.indices)} blocks with {len(push.checksums)} checksums"
-        if max(push.indices) >= self.num_blocks:
-            return f"block {max(push.indices)} of {self.num_blocks}"
-        if len(set(push.indices)) != len(push.indices):
+    def _problem(self, layer: int, indices: list[int], checksums: list[int], payload_sizes: Sequence[int]) -> str:
+        expected_bytes = len(indices) * self.region_bytes if self.transport in {TCP, DIST} else 0
+        if layer >= self.num_layers:
+            return f"layer {layer} of {self.num_layers}"
+        if not indices or len(indices) != len(checksums):
+            return f"{len(indices)} blocks with {len(checksums)} checksums"
+        if max(indices) >= self.num_blocks:
+            return f"block {max(indices)} of {self.num_blocks}"
+        if len(set(indices)) != len(indices):
             return "the same block twice"
         if sum(payload_sizes) != expected_bytes:
             return f"{sum(payload_sizes)} bytes instead of {expected_bytes}"

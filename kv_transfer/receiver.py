@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import zmq
-import zmq.asyncio
 from google.protobuf.message import DecodeError
 
 from kv_transfer.identity import WorkerIdentity
@@ -44,7 +43,7 @@ __all__ = ["Arrival", "Incoming", "KVReceiver"]
 # At least this often the receiver looks for leases that ran out and writers that went away.
 _TICK_S = 0.5
 # Pushes that were received and not yet checked; more wait in the socket, which slows their writers down.
-_MAX_UNCHECKED_PUSHES = 16
+_MAX_UNCHECKED_PUSHES = 8
 
 
 class KVReceiver:
@@ -78,7 +77,7 @@ class KVReceiver:
         self.num_bad_frames = 0
 
     async def __aenter__(self) -> Self:
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         try:
             longest = replace(self._memory.layout, dtype="float32").region_bytes
             self._socket, self.endpoint = await bind_receiver(self._context, self._host, longest)
@@ -110,6 +109,7 @@ class KVReceiver:
         self._fail_all(Failure(TransferError, "the receiver was closed"))
         self._writers.close()
         self._thread.shutdown()
+        self._socket.close()
         self._context.destroy(linger=0)
         for end in ends:
             if isinstance(end, Exception):
@@ -159,7 +159,7 @@ class KVReceiver:
 
     async def _listen(self) -> None:
         while True:
-            connection, *parts = await self._socket.recv_multipart(copy=False)
+            connection, *parts = await self._socket.receive()
             await self._on_message(connection.bytes, parts)
 
     async def _on_message(self, connection: bytes, parts: Sequence[zmq.Frame]) -> None:
@@ -317,12 +317,10 @@ class KVReceiver:
 
     def _post(self, connection: bytes, frame: pb.TransferFrame) -> None:
         """Never waits: a peer that is gone, or does not even read control frames, is a lost one."""
-        sent = asyncio.ensure_future(self._socket.send_multipart([connection, frame.SerializeToString()], flags=zmq.NOBLOCK))
-        sent.add_done_callback(partial(self._on_sent, connection))
-
-    def _on_sent(self, connection: bytes, sent: asyncio.Future[object]) -> None:
-        if not sent.cancelled() and sent.exception() is not None:
-            self._lose(connection)
+        try:
+            self._socket.send_now([connection, frame.SerializeToString()])
+        except zmq.ZMQError:
+            asyncio.get_running_loop().call_soon(self._lose, connection)
 
     def _lose(self, connection: bytes) -> None:
         if (writer := self._writers.lose(connection)) is not None:

