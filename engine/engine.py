@@ -22,9 +22,11 @@ from engine.cuda_graphs import GraphDecoder
 from engine.kernels.choice import make_kernels
 from engine.kv_cache import KVCache, WritableBuffer
 from engine.model import Decoder
+from engine.parallel import WHOLE, RankGroup
 from engine.rotary import RotaryTable
 from engine.sampler import sample
 from engine.step import Chunk, StepInputs, prepare_step
+from engine.step_words import pack_step
 from engine.weights import WeightFormats, load_weights
 from segue.errors import ConfigError, InternalError, InvalidRequest
 from segue.kv_layout import KVLayout
@@ -40,12 +42,22 @@ _MAX_GRAPH_BATCH = 64
 class Engine:
     """`pool` says which blocks of the KV cache are whose; sequences bring their own leases."""
 
-    def __init__(self, config: ModelConfig, layout: KVLayout, pool: BlockPool, decoder: Decoder, *, threads: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: KVLayout,
+        pool: BlockPool,
+        decoder: Decoder,
+        group: RankGroup | None = None,
+        *,
+        threads: int,
+    ) -> None:
         self.config = config
         self.layout = layout
         self.pool = pool
         self._decoder: Decoder | None = decoder
-        self._forward: Forward | None = decoder.forward if decoder.kernels.device.type == "cpu" else _on_gpu(decoder)
+        self._group = group
+        self._forward: Forward | None = make_forward(decoder) if group is None else _on_all_ranks(make_forward(decoder), group)
         # The number of compute threads is a property of the thread that starts them.
         self._executor = ThreadPoolExecutor(1, "engine", initializer=torch.set_num_threads, initargs=(threads,))
 
@@ -58,24 +70,32 @@ class Engine:
         num_blocks: int,
         kv_buffer: WritableBuffer,
         formats: WeightFormats,
+        group: RankGroup | None = None,
         *,
         threads: int,
         device: str = "cpu",
         kernels: str = "auto",
     ) -> Engine:
         """`kv_buffer` is writable, holds num_blocks * layout.block_bytes bytes and outlives the engine; a GPU keeps its KV in
-        memory of its own instead.
+        memory of its own instead. With `group`, this is its rank 0; the other ranks (engine/follower.py) have equal
+        arguments, but for their layouts' heads.
 
         Raises ModelFileError for weights that are missing, damaged or do not fit `config`, and ConfigError for a device or
         kernels that are not there.
         """
-        if threads < 1:
-            raise ConfigError(f"threads: must be at least 1, not {threads}")
-        cache = KVCache.over(kv_buffer, layout, num_blocks) if device == "cpu" else _device_cache(device, layout, num_blocks)
-        rotary = RotaryTable(config.rope, config.head_dim, config.max_context)
-        backend = make_kernels(config, cache, rotary, threads=threads, device=device, kernels=kernels)
-        decoder = Decoder(load_weights(model_dir, config, formats), backend)
-        return cls(config, layout, BlockPool(num_blocks), decoder, threads=threads)
+        decoder = load_decoder(
+            model_dir,
+            config,
+            layout,
+            num_blocks,
+            kv_buffer,
+            formats,
+            group,
+            threads=threads,
+            device=device,
+            kernels=kernels,
+        )
+        return cls(config, layout, BlockPool(num_blocks), decoder, group, threads=threads)
 
     @property
     def decoder(self) -> Decoder:
@@ -102,6 +122,7 @@ class Engine:
         appended. Each sequence's num_computed is advanced; not so when the pass raises or the caller is cancelled. Until
         this returns or raises, sequences and leases must stay as they are: even a cancelled call waits for its pass to end.
         `on_layer` is called on the engine's thread, with each layer whose K and V of all chunks are in the cache.
+        Raises WorkerLost when another rank is gone, or when the pass fails on any: a group of ranks is then of no more use.
         """
         if not chunks:
             return []
@@ -111,9 +132,12 @@ class Engine:
         return tokens
 
     def close(self) -> None:
-        """Waits for the pass under way and lets go of weights and KV memory. Doing it twice does no harm."""
+        """Waits for the pass under way, lets the other ranks go, and lets go of weights and KV memory. Doing it twice does no
+        harm."""
         self._executor.shutdown(cancel_futures=True)
         self._decoder = self._forward = None
+        if self._group is not None:
+            self._group.dismiss()
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +156,42 @@ class Engine:
         for index, token in zip(step.sampled_chunks, sampled, strict=True):
             tokens[index] = token
         return tokens
+
+
+def load_decoder(
+    model_dir: Path,
+    config: ModelConfig,
+    layout: KVLayout,
+    num_blocks: int,
+    kv_buffer: WritableBuffer,
+    formats: WeightFormats,
+    group: RankGroup | None,
+    *,
+    threads: int,
+    device: str,
+    kernels: str,
+) -> Decoder:
+    """Of the model, or of a rank's share of it; see `Engine.load`."""
+    if threads < 1:
+        raise ConfigError(f"threads: must be at least 1, not {threads}")
+    shard = WHOLE if group is None else group.shard
+    cache = KVCache.over(kv_buffer, layout, num_blocks) if device == "cpu" else _device_cache(device, layout, num_blocks)
+    rotary = RotaryTable(config.rope, config.head_dim, config.max_context)
+    backend = make_kernels(shard.of(config), cache, rotary, threads=threads, device=device, kernels=kernels)
+    return Decoder(load_weights(model_dir, config, formats, shard), backend, group)
+
+
+def make_forward(decoder: Decoder) -> Forward:
+    return decoder.forward if decoder.kernels.device.type == "cpu" else _on_gpu(decoder)
+
+
+def _on_all_ranks(forward: Forward, group: RankGroup) -> Forward:
+    def forward_together(step: StepInputs, on_layer: OnLayer | None) -> torch.Tensor:
+        with group.together():
+            group.send_step(pack_step(step))
+            return forward(step, on_layer)
+
+    return forward_together
 
 
 def _device_cache(device: str, layout: KVLayout, num_blocks: int) -> KVCache:
