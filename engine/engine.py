@@ -121,7 +121,7 @@ class Engine:
         Returns, for each chunk, the next token when the chunk reached the end of its sequence, else None; tokens are not
         appended. Each sequence's num_computed is advanced; not so when the pass raises or the caller is cancelled. Until
         this returns or raises, sequences and leases must stay as they are: even a cancelled call waits for its pass to end.
-        `on_layer` is called on the engine's thread, with each layer whose K and V of all chunks are in the cache.
+        `on_layer` is called on the engine's thread, with each layer whose K and V of all chunks are in the cache, on all ranks.
         Raises WorkerLost when another rank is gone, or when the pass fails on any: a group of ranks is then of no more use.
         """
         if not chunks:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.engine import OnLayer, load_decoder, make_forward
+from engine.engine import load_decoder, make_forward
 from engine.kv_cache import WritableBuffer
 from engine.model import Decoder
 from engine.parallel import RankGroup
@@ -56,14 +56,13 @@ class Follower:
         )
         return cls(decoder, group, threads=threads)
 
-    def run(self, on_layer: OnLayer | None = None) -> None:
-        """Computes until rank 0 closes its engine. `on_layer` is called with each layer whose K and V of a step are in this
-        rank's cache.
+    def run(self) -> None:
+        """Computes until rank 0 closes its engine.
 
         Raises WorkerLost when another rank is gone, and when this one fails, which the others then notice.
         """
         torch.set_num_threads(self._threads)
         with self._group.together(), torch.inference_mode():
             while len(words := self._group.receive_step()):
-                self._forward(unpack_step(words), on_layer)
+                self._forward(unpack_step(words), None)
         self._group.leave()

@@ -24,4 +24,6 @@ def kv_layout(config: ModelConfig, settings: EngineSettings, model_revision: str
         dtype=dtype,
         model_revision=model_revision,
         weights=settings.weights,
+        rank=shard.rank,
+        num_ranks=shard.size,
     )

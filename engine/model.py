@@ -38,7 +38,7 @@ class Decoder:
 
     def forward(self, step: StepInputs, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits [sampled rows, vocab] float32, on the backend's device. `on_layer` is called as soon as a layer's K and V are
-        in the cache."""
+        in the cache; with a group, in the cache of every rank."""
         device = self.kernels.device
         return self.compute(self.kernels.prepare(step), step.token_ids.to(device), step.sampled_rows.to(device), on_layer)
 
@@ -56,9 +56,12 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             heads = kernels.linear(layer.qkv, hidden)
             kernels.rotate_and_write(index, heads, layer.qk_norm, prepared)
-            if on_layer is not None:
+            if on_layer is not None and self._group is None:
                 on_layer(index)
             hidden = self._add(layer.attention_output, kernels.attend(index, heads, prepared), hidden)
+            if on_layer is not None and self._group is not None:
+                # Every rank has brought what it attended to, and so has written before.
+                on_layer(index)
             hidden = self._add(layer.down, kernels.linear(layer.gate_up, hidden), hidden, num_parts=2)
         logits = kernels.linear(self._head, hidden[sampled_rows])
         return logits if self._group is None else self._group.join(logits, len(self._embedding))

@@ -69,21 +69,22 @@ WHOLE = Shard()
 class RankGroup:
     """One rank's end of the collectives. Every rank makes the same calls in the same order, from one thread."""
 
-    def __init__(self, store: Store, shard: Shard, *, device: str = "cpu") -> None:
-        """Returns when all ranks are there. They meet in `store`, which no other group may have used.
+    def __init__(self, store: Store, shard: Shard, *, host: str = "127.0.0.1", device: str = "cpu") -> None:
+        """Returns when all ranks are there. They meet in `store`, which no other group may have used; the others reach this one
+        at its address `host`.
 
         Raises WorkerLost when one does not come.
         """
         self.shard = shard
         try:
-            words = dist.ProcessGroupGloo(PrefixStore("words", store), shard.rank, shard.size, _START_LIMIT)
+            words = _gloo(store, shard, host)
             numbers = words if device == "cpu" else _nccl(store, shard)
         except RuntimeError as error:
             raise WorkerLost(f"not all {shard.size} ranks of this replica came: {error}") from None
         words.set_timeout(_PATIENCE)
         # What is said of steps, always through the host's memory; and what is computed, where it is computed.
-        self._words: _Backend = words
-        self._numbers: _Backend = numbers
+        self._words = words
+        self._numbers = numbers
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -147,6 +148,14 @@ class RankGroup:
         if group is None:
             raise WorkerLost("this replica lost a rank")
         return group
+
+
+def _gloo(store: Store, shard: Shard, host: str) -> _Backend:
+    make: Any = dist.ProcessGroupGloo  # torch's types lack the options
+    options = make._Options()  # noqa: SLF001 - they have no public name
+    options._devices = [make.create_device(hostname=host)]  # noqa: SLF001
+    options._timeout = _START_LIMIT  # noqa: SLF001
+    return make(PrefixStore("words", store), shard.rank, shard.size, options)
 
 
 def _nccl(store: Store, shard: Shard) -> _Backend:

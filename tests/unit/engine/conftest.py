@@ -120,10 +120,9 @@ class Checkpoint:
 
         with ThreadPoolExecutor(size) as threads:
             engine, *followers = threads.map(load, range(size))
-            told: list[list[int]] = [[] for _ in followers]
-            running = [threads.submit(rank.run, heard.append) for rank, heard in zip(followers, told, strict=True)]
+            running = [threads.submit(rank.run) for rank in followers]
             with engine:
-                yield RankedRunner(engine, followers, told, running)
+                yield RankedRunner(engine, followers, running)
             engine.pool.check()
 
 
@@ -171,12 +170,11 @@ class EngineRunner:
 
 
 class RankedRunner(EngineRunner):
-    """One with the ranks after the first: the layers that each has told of, and how its run ends."""
+    """One with the ranks after the first, and how the run of each ends."""
 
-    def __init__(self, engine: Engine, followers: list[Follower], told: list[list[int]], running: list[Future[None]]) -> None:
+    def __init__(self, engine: Engine, followers: list[Follower], running: list[Future[None]]) -> None:
         super().__init__(engine)
         self.followers = followers
-        self.told = told
         self.running = running
 
     @property

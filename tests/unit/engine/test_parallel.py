@@ -78,10 +78,22 @@ async def test_the_torch_kernels_agree_up_to_rounding(checkpoint, prompts):
     torch.testing.assert_close(logits, logits_of_ranks)
 
 
-async def test_each_rank_tells_of_its_layers(checkpoint):
+async def test_a_layer_is_told_of_once_every_rank_has_its_kv(checkpoint):
+    """So each may send its own."""
     with checkpoint("llama_4_kv_heads").ranks(4) as ranks:
-        await ranks.engine.run([Chunk(ranks.start([5, 6, 7], 1), 3)])
-    assert ranks.told == [[0, 1, 2]] * 3
+        before = [[layer.clone() for layer in cache.layers] for cache in ranks.caches]
+        written = []
+
+        def on_layer(index):
+            written.append(
+                (
+                    index,
+                    [bool((cache.layers[index] != old[index]).any()) for cache, old in zip(ranks.caches, before, strict=True)],
+                )
+            )
+
+        await ranks.engine.run([Chunk(ranks.start([5, 6, 7], 1), 3)], on_layer)
+    assert written == [(index, [True] * 4) for index in range(3)]
     assert all(rank.result(timeout=10) is None for rank in ranks.running)
 
 
