@@ -1,7 +1,7 @@
 """Tensor parallelism: a replica's ranks share one model, each with a slice of the heads, of the MLP and of the KV cache.
 
-    rank 0       decides what a step computes (engine/engine.py), tells the others, samples
-    the others   compute the same step over their own slices (engine/follower.py)
+    rank 0       decides what a step computes (engine/engine.py: `run`), tells the others, samples
+    the others   compute the same step over their own slices (`follow`)
 
 A rank computes some of the outputs of each linear layer, from all of its inputs, and the ranks join what they have; no number
 is a sum over ranks. So every number is computed just as one rank alone would, in every format: the same bits, whatever the
@@ -30,7 +30,7 @@ from segue.models.config import ModelConfig
 # A process group of one kind; torch's types do not know what it can do.
 _Backend: TypeAlias = Any
 # How long the ranks of a replica that starts wait for each other.
-_START_LIMIT = timedelta(minutes=5)
+START_LIMIT = timedelta(minutes=5)
 # How long a rank may lag behind the others in a step.
 _PATIENCE = timedelta(seconds=30)
 # How long a rank may have nothing to do. Rank 0's death ends the wait, at once.
@@ -128,8 +128,8 @@ class RankGroup:
         return words
 
     def dismiss(self) -> None:
-        """On rank 0: there are no more steps. The other ranks return; those that are gone do not matter any more."""
-        if self._words is not None:
+        """There are no more steps: on rank 0, the others return; those that are gone do not matter any more. Then leaves."""
+        if self._words is not None and self.shard.rank == 0:
             with suppress(WorkerLost), self.together():
                 self.send_step(torch.empty(0, dtype=torch.int32))
         self.leave()
@@ -154,7 +154,7 @@ def _gloo(store: Store, shard: Shard, host: str) -> _Backend:
     make: Any = dist.ProcessGroupGloo  # torch's types lack the options
     options = make._Options()  # noqa: SLF001 - they have no public name
     options._devices = [make.create_device(hostname=host)]  # noqa: SLF001
-    options._timeout = _START_LIMIT  # noqa: SLF001
+    options._timeout = START_LIMIT  # noqa: SLF001
     return make(PrefixStore("words", store), shard.rank, shard.size, options)
 
 

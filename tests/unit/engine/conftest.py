@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,6 @@ import transformers
 from torch.distributed import HashStore
 
 from engine.engine import Engine
-from engine.follower import Follower
 from engine.kv_cache import KVCache
 from engine.layout import kv_layout
 from engine.parallel import RankGroup, Shard
@@ -110,20 +110,22 @@ class Checkpoint:
         formats = WeightFormats(getattr(torch, settings.dtype), settings.quantization, frozenset(settings.keep_float))
         store = HashStore()
 
-        def load(rank: int) -> Engine | Follower:
+        def load(rank: int) -> Engine:
             shard = Shard(rank, size)
             layout = kv_layout(self.config, settings, "test", shard)
             memory = bytearray(b"\x42") * (num_blocks * layout.block_bytes)
-            group = RankGroup(store, shard)
-            arguments = (self.directory, self.config, layout, num_blocks, memory, formats, group)
-            return (Follower if rank else Engine).load(*arguments, threads=1, kernels=kernels)
+            arguments = (self.directory, self.config, layout, num_blocks, memory, formats, RankGroup(store, shard))
+            return Engine.load(*arguments, threads=1, kernels=kernels)
 
         with ThreadPoolExecutor(size) as threads:
-            engine, *followers = threads.map(load, range(size))
-            running = [threads.submit(rank.run) for rank in followers]
-            with engine:
-                yield RankedRunner(engine, followers, running)
-            engine.pool.check()
+            engines = list(threads.map(load, range(size)))
+        following = [asyncio.create_task(engine.follow()) for engine in engines[1:]]
+        try:
+            yield RankedRunner(engines, following)
+            engines[0].pool.check()
+        finally:
+            for engine in engines:
+                engine.close()
 
 
 class EngineRunner:
@@ -170,16 +172,16 @@ class EngineRunner:
 
 
 class RankedRunner(EngineRunner):
-    """One with the ranks after the first, and how the run of each ends."""
+    """One with the engines of all ranks, and what those after the first do."""
 
-    def __init__(self, engine: Engine, followers: list[Follower], running: list[Future[None]]) -> None:
-        super().__init__(engine)
-        self.followers = followers
-        self.running = running
+    def __init__(self, engines: list[Engine], following: list[asyncio.Task[None]]) -> None:
+        super().__init__(engines[0])
+        self.engines = engines
+        self.following = following
 
     @property
     def caches(self) -> list[KVCache]:
-        return [self.engine.decoder.kernels.cache, *(rank.decoder.kernels.cache for rank in self.followers)]
+        return [engine.decoder.kernels.cache for engine in self.engines]
 
 
 MakeCheckpoint = Callable[[str], Checkpoint]

@@ -94,7 +94,7 @@ async def test_a_layer_is_told_of_once_every_rank_has_its_kv(checkpoint):
 
         await ranks.engine.run([Chunk(ranks.start([5, 6, 7], 1), 3)], on_layer)
     assert written == [(index, [True] * 4) for index in range(3)]
-    assert all(rank.result(timeout=10) is None for rank in ranks.running)
+    await asyncio.gather(*ranks.following)
 
 
 def in_ranks(size, work):
@@ -142,7 +142,7 @@ def test_a_step_arrives_as_it_was_sent(step):
 async def test_a_rank_that_fails_takes_the_others_with_it(failing, checkpoint, monkeypatch):
     """None waits in a collective for one that will not come."""
     with checkpoint("llama_4_kv_heads").ranks(4) as ranks:
-        failed = (ranks.engine if failing == 0 else ranks.followers[failing - 1]).decoder.kernels
+        failed = ranks.engines[failing].decoder.kernels
 
         def attend(*_):
             raise RuntimeError("out of memory")
@@ -152,7 +152,7 @@ async def test_a_rank_that_fails_takes_the_others_with_it(failing, checkpoint, m
         monkeypatch.setattr(failed, "attend", attend)
         with pytest.raises(WorkerLost, match="rank 0 of 4 cannot go on"):
             await ranks.engine.run([Chunk(sequence, 2)])
-        errors = await asyncio.gather(*map(asyncio.wrap_future, ranks.running), return_exceptions=True)
+        errors = await asyncio.gather(*ranks.following, return_exceptions=True)
         assert [type(error) for error in errors] == [WorkerLost] * 3
         assert sequence.num_computed == 1
         with pytest.raises(WorkerLost, match="lost a rank"):
@@ -168,7 +168,7 @@ async def test_a_hook_that_fails_ends_the_group(checkpoint):
 
         with pytest.raises(OSError, match="the peer is gone"):
             await ranks.engine.run([Chunk(ranks.start([5, 6, 7], 4), 3)], fail)
-        (error,) = await asyncio.gather(*map(asyncio.wrap_future, ranks.running), return_exceptions=True)
+        (error,) = await asyncio.gather(*ranks.following, return_exceptions=True)
         assert isinstance(error, WorkerLost)
 
 
@@ -197,7 +197,7 @@ def test_a_rank_that_hangs_is_given_up(monkeypatch):
 
 
 def test_a_rank_that_does_not_come_is_told(monkeypatch):
-    monkeypatch.setattr(parallel, "_START_LIMIT", parallel.timedelta(milliseconds=50))
+    monkeypatch.setattr(parallel, "START_LIMIT", parallel.timedelta(milliseconds=50))
     with pytest.raises(WorkerLost, match="not all 2 ranks"):
         RankGroup(HashStore(), Shard(0, 2))
 
