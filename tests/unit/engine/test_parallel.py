@@ -21,6 +21,7 @@ from engine.step_words import pack_step, unpack_step
 from segue.errors import ConfigError, WorkerLost
 from segue.kv_layout import KVLayout
 from segue.sampling import SamplingParams
+from tests.unit.engine.conftest import Checkpoint
 
 FORMATS = [
     pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
@@ -68,6 +69,13 @@ async def test_four_ranks_in_every_format(options, checkpoint, prompts):
     model = checkpoint("llama_4_kv_heads")
     with model.engine(**options) as alone, model.ranks(4, **options) as ranks:
         await assert_same_bits(alone, ranks, prompts)
+
+
+async def test_the_real_model_cut_in_three(real_model_dir):
+    model, options = Checkpoint(real_model_dir, None), {"dtype": "bfloat16", "num_blocks": 16}
+    assert model.config.tensor_parallel_degrees == (1, 3)
+    with model.engine(**options) as alone, model.ranks(3, **options) as ranks:
+        await assert_same_bits(alone, ranks, [list(range(1000, 1020))])
 
 
 async def test_the_torch_kernels_agree_up_to_rounding(checkpoint, prompts):
