@@ -20,9 +20,8 @@ from decode_worker.job import DecodeJob
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step import Chunk
-from kv_transfer.handover import HandOver, Reservation
-from kv_transfer.receiver import Arrival, KVReceiver
-from kv_transfer.sender import KVSender
+from kv_transfer.handover import HandOver, Receiver, Reservation, Sender
+from kv_transfer.incoming import Arrival
 from segue.errors import InternalError, InvalidRequest, SegueError, TransferError, TransferRefused
 from segue.jobs import JobTable
 from segue.prefix import block_hashes
@@ -43,8 +42,8 @@ class DecodeService:
     def __init__(
         self,
         engine: Engine,
-        receiver: KVReceiver,
-        sender: KVSender,
+        receiver: Receiver,
+        sender: Sender,
         wakeups: Wakeups,
         *,
         worker_id: str,
@@ -119,7 +118,7 @@ class DecodeService:
     async def _serve(self, job: DecodeJob) -> None:
         try:
             await job.admitted
-            reservation = job.reservation = self._reserve(job)
+            reservation = job.reservation = await self._reserve(job)
             job.link.send(pb.LinkResponse(decode_reserved=pb.DecodeReserved(key=job.key, tickets=reservation.tickets)))
             arrival = await reservation.arrival()
             cached_tokens = self._take_over(job, arrival)
@@ -139,13 +138,13 @@ class DecodeService:
             self._num_failed_transfers += isinstance(error, TransferError)
             job.link.send_failed(job.key, error)
 
-    def _reserve(self, job: DecodeJob) -> Reservation:
+    async def _reserve(self, job: DecodeJob) -> Reservation:
         if job.is_local:
             return Reservation.local(self._receiver)
         lease = job.sequence.lease
         assert lease is not None
         blocks = lease.block_ids[lease.num_cached :]
-        return Reservation.of(self._receiver, lease.num_cached, blocks, job.num_prefill_ranks)
+        return await Reservation.of(self._receiver, lease.num_cached, blocks, job.num_prefill_ranks)
 
     def _send(self, key: pb.SequenceKey, tickets: SequenceOf[Ticket]) -> None:
         job = self._jobs.get(key)

@@ -22,7 +22,7 @@ from deploy.calibrated import ensure_ready
 from deploy.child import Child, log_tail
 from deploy.cluster import Cluster
 from deploy.driver_events import DriverEvents
-from deploy.plan import check_settings, plan_driver, plan_router, plan_workers
+from deploy.plan import check_model, check_settings, plan_driver, plan_router, plan_workers
 from deploy.probe import until_ready
 from deploy.processes import usable_cores
 from deploy.progress import Report, Stage, silent
@@ -94,6 +94,7 @@ class Launch:
         await membership.list_workers()  # a store that does not answer is told now
         self._report(Stage("store", "done", "embedded Valkey" if valkey else "the given Redis"))
         model = await self._resolve_model()
+        check_model(settings, model)
         workers = plan_workers(settings, cluster_id=cluster_id, redis=redis, model=model, num_cores=usable_cores())
         driver_plan = plan_driver(settings, workers, cluster_id=cluster_id, entry=self._programs.worker)
         events = DriverEvents()

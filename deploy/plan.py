@@ -8,6 +8,7 @@ from contextlib import suppress
 from deploy.ray_driver import DriverPlan
 from segue.config import LOOPBACK, ClusterSettings, EngineSettings, Role, RouterSettings, WorkerSettings
 from segue.errors import ConfigError
+from segue.models.config import ModelConfig
 from segue.models.store import ModelHandle
 
 _LOOPBACK_NAMES = {LOOPBACK, "localhost", "::1"}
@@ -21,6 +22,12 @@ def worker_names(settings: ClusterSettings) -> dict[str, tuple[Role, ...]]:
     return names | {f"decode-{i}": ("decode",) for i in range(settings.decode)}
 
 
+def num_processes(settings: ClusterSettings) -> int:
+    """Of all workers, each rank one."""
+    names = worker_names(settings).values()
+    return sum(settings.decode_tp if roles == ("decode",) else settings.prefill_tp for roles in names)
+
+
 def plan_workers(
     settings: ClusterSettings, *, cluster_id: str, redis: str, model: ModelHandle, num_cores: int
 ) -> list[WorkerSettings]:
@@ -29,7 +36,7 @@ def plan_workers(
     names = worker_names(settings)
     engine = settings.model_dump(include=set(EngineSettings.model_fields))
     if not is_spread(settings):
-        engine["threads"] = settings.threads or max(1, num_cores // len(names))
+        engine["threads"] = settings.threads or max(1, num_cores // num_processes(settings))
     return [
         WorkerSettings(
             **engine,
@@ -73,6 +80,12 @@ def is_spread(settings: ClusterSettings) -> bool:
 
 def check_settings(settings: ClusterSettings) -> None:
     """What can be known to fail before anything is started. Raises ConfigError."""
+    if settings.colocated and settings.prefill_tp != settings.decode_tp:
+        raise ConfigError(
+            f"decode_tp: a colocated worker runs both phases on the same ranks, and prefill_tp is {settings.prefill_tp}; "
+            "give the same number twice",
+            field="decode_tp",
+        )
     if is_spread(settings) and settings.redis is None:
         raise ConfigError(
             "ray_address: workers on other hosts cannot reach the embedded Valkey, which listens on loopback only; "
@@ -85,6 +98,13 @@ def check_settings(settings: ClusterSettings) -> None:
                 f"stop it, or choose another with --{field.replace('_', '-')} (0 picks a free one)",
                 field=field,
             )
+
+
+def check_model(settings: ClusterSettings, model: ModelHandle) -> None:
+    """Raises ConfigError when the model cannot be cut into as many ranks as are asked for."""
+    for field, degree in (("prefill_tp", settings.prefill_tp), ("decode_tp", settings.decode_tp)):
+        if degree > 1:
+            ModelConfig.from_dir(model.path).check_tensor_parallel(degree, field)
 
 
 def can_listen(host: str, port: int) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -46,6 +48,9 @@ class DriverPlan:
         values = json.loads(text)
         return cls(**{**values, "workers": tuple(values["workers"])})
 
+    def worker_settings(self) -> list[WorkerSettings]:
+        return [WorkerSettings.model_validate_json(text) for text in self.workers]
+
 
 def say(event: str, **values: str | bool) -> None:
     sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
@@ -53,12 +58,17 @@ def say(event: str, **values: str | bool) -> None:
 
 
 class Supervisor:
-    """Starts each replica and brings back those that ended without having been told to."""
+    """Starts each replica and brings back those that ended without having been told to.
+
+    A replica is one actor, or one for each of its tensor-parallel ranks, in one placement group. Ray itself starts a lone actor
+    again that died. Ranks are of no use without each other: when one ends, whichever way, the others are ended as well, and all
+    start anew.
+    """
 
     def __init__(self, ray: Any, plan: DriverPlan) -> None:
         self._ray = ray
         self._plan = plan
-        self._workers = [WorkerSettings.model_validate_json(text) for text in plan.workers]
+        self._workers = plan.worker_settings()
 
     async def run(self) -> None:
         """Until SIGTERM; every replica is then ended."""
@@ -73,51 +83,92 @@ class Supervisor:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _supervise(self, worker: WorkerSettings) -> None:
-        """Until the replica drained. Ray restarts a process that died; this restarts a run that gave up."""
+        """Until the replica drained."""
         worker = worker.model_copy(update={"threads": worker.threads or self._fair_threads()})
         pause_s = _FIRST_PAUSE_S
         while True:
-            actor = self._actor_class(worker.threads).remote(worker.model_dump_json(), self._plan.spread)
-            try:
-                outcome = await self._outcome(actor.run.remote(self._plan.entry))
-            finally:
-                self._ray.kill(actor)
+            started_s = time.monotonic()
+            outcome = await (self._run_alone(worker) if worker.num_ranks == 1 else self._run_ranks(worker))
             say("replica_ended", worker_id=worker.worker_id, **outcome)
             if outcome["drained"]:
                 return
+            if time.monotonic() - started_s > _LONGEST_PAUSE_S:
+                pause_s = _FIRST_PAUSE_S
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _run_alone(self, worker: WorkerSettings) -> Outcome:
+        """Until its run returns; Ray restarts a process that died."""
+        strategy = "SPREAD" if self._plan.spread else "DEFAULT"
+        actor = self._start(worker, max_restarts=-1, max_task_retries=-1, scheduling_strategy=strategy)
+        try:
+            return await self._outcome(actor.run.remote(self._plan.entry))
+        finally:
+            self._ray.kill(actor)
+
+    async def _run_ranks(self, worker: WorkerSettings) -> Outcome:
+        """Until the first of them ends; then none is left."""
+        # Named anew each time: no rank of an earlier start is let in.
+        worker = worker.model_copy(update={"group": secrets.token_hex(8)})
+        bundles = [self._resources(worker)] * worker.num_ranks
+        placement = self._ray.util.placement_group(bundles, strategy="STRICT_PACK")
+        actors: list[Any] = []
+        runs: list[asyncio.Task[Outcome]] = []
+        try:
+            await placement.ready()
+            for rank in range(worker.num_ranks):
+                strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+                    placement, placement_group_bundle_index=rank
+                )
+                settings = worker.model_copy(update={"rank": rank})
+                actors.append(self._start(settings, max_restarts=0, max_task_retries=0, scheduling_strategy=strategy))
+            runs += [asyncio.create_task(self._outcome(actor.run.remote(self._plan.entry))) for actor in actors]
+            done, _ = await asyncio.wait(runs, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for run in runs:
+                run.cancel()
+            for actor in actors:
+                self._ray.kill(actor)
+            self._ray.util.remove_placement_group(placement)
 
     async def _outcome(self, run: Any) -> Outcome:
         try:
             outcome: Outcome = await run
-        except self._ray.exceptions.RayError as error:  # a defect in the worker, or Ray gave the actor up
+        except self._ray.exceptions.RayError as error:  # a defect in the worker, or its process is gone
             return Outcome(drained=False, code="internal", error=str(error))
         return outcome
 
     def _fair_threads(self) -> int:
-        return max(1, int(self._ray.cluster_resources().get("CPU", 1)) // len(self._workers))
+        return max(1, int(self._ray.cluster_resources().get("CPU", 1)) // sum(worker.num_ranks for worker in self._workers))
 
-    def _actor_class(self, threads: int) -> Any:
-        return self._ray.remote(
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=1,
-            # A local Ray was given one slot for each worker; on a real cluster a worker takes the cores that it keeps busy.
-            num_cpus=threads if self._plan.spread else 1,
-            scheduling_strategy="SPREAD" if self._plan.spread else "DEFAULT",
-        )(Replica)
+    def _start(self, worker: WorkerSettings, **options: Any) -> Any:
+        resources = self._resources(worker)
+        make = self._ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_concurrency=1, **options)(
+            Replica
+        )
+        return make.remote(worker.model_dump_json(), self._plan.spread)
+
+    def _resources(self, worker: WorkerSettings) -> dict[str, int]:
+        """Of one actor. A local Ray was given a slot for each; on a real cluster they take the cores that they keep busy."""
+        return {"CPU": worker.threads if self._plan.spread else 1} | _gpus(worker)
+
+
+def _gpus(worker: WorkerSettings) -> dict[str, int]:
+    """Ranks must not share a GPU; Ray lets each see its own alone. Not run on hardware."""
+    return {"GPU": 1} if worker.device == "cuda" and worker.num_ranks > 1 else {}
 
 
 def init_ray(ray: Any, plan: DriverPlan) -> None:
+    workers = plan.worker_settings()
     common = {"namespace": f"segue-{plan.cluster_id}", "log_to_driver": False, "logging_level": "warning"}
     if plan.ray_address:
         ray.init(address=plan.ray_address, **common)
     else:
         ray.init(
             address="local",
-            num_cpus=len(plan.workers),
-            num_gpus=0,
+            num_cpus=sum(worker.num_ranks for worker in workers),
+            num_gpus=sum(worker.num_ranks * _gpus(worker).get("GPU", 0) for worker in workers),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             _temp_dir=plan.temp_dir,
@@ -128,6 +179,7 @@ def init_ray(ray: Any, plan: DriverPlan) -> None:
 def main() -> int:
     plan = DriverPlan.from_json(sys.stdin.read())
     import ray
+    import ray.util.scheduling_strategies
 
     try:
         init_ray(ray, plan)

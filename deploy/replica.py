@@ -1,8 +1,8 @@
-"""One worker replica as a Ray actor. Ray places it and, when its process dies, starts it anew; no request passes through Ray.
+"""One worker replica, or a rank of one, as a Ray actor. Ray places it; no request passes through Ray.
 
-The actor has one task, `run`, which serves on the process's main thread for as long as the worker lives. A process that dies
-is replaced by Ray, which runs the task again: a new epoch of the same worker. A task that returns (the worker was told to
-drain, or cannot work) ends the replica, and its driver decides what comes next.
+The actor has one task, `run`, which serves on the process's main thread for as long as the worker lives. When the process dies,
+it is run again in another: a new epoch of the same worker. A task that returns (the worker was told to drain, or cannot work)
+ends the replica, and its driver decides what comes next.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Outcome(TypedDict):
     error: str
 
 
-def worker_log(cluster_id: str, worker_id: str) -> Path:
-    """Where a replica writes, on the host that it runs on."""
-    return logs_dir() / cluster_id / f"{worker_id}.log"
+def worker_log(cluster_id: str, worker_id: str, rank: int = 0) -> Path:
+    """Where a rank of a replica writes, on the host that it runs on."""
+    return logs_dir() / cluster_id / (f"{worker_id}.rank{rank}.log" if rank else f"{worker_id}.log")
 
 
 def num_starts(log: Path) -> int:
@@ -55,7 +55,7 @@ class Replica:
         self._settings = settings.model_copy(update={"host": _node_address()}) if spread else settings
         for name in _THREAD_VARIABLES:
             os.environ[name] = str(self._settings.threads)
-        _redirect_output(worker_log(self._settings.cluster_id, self._settings.worker_id))
+        _redirect_output(worker_log(self._settings.cluster_id, self._settings.worker_id, self._settings.rank))
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT, force=True)
 
     def run(self, entry: str) -> Outcome:

@@ -18,21 +18,15 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from decode_worker.service import DecodeService
-from engine.calibration import load_calibration
+from deploy.ranks import Meeting, remote_ranks, run_rank
+from deploy.worker_parts import kv_ends, load_engine
 from engine.engine import Engine
-from engine.kv_cache import TORCH_DTYPES
-from engine.layout import kv_layout
-from engine.weights import WeightFormats
-from kv_transfer.identity import WorkerIdentity
+from kv_transfer.handover import Receiver, Sender
 from kv_transfer.memory import KVMemory
-from kv_transfer.receiver import KVReceiver
-from kv_transfer.sender import KVSender
+from kv_transfer.ranks import RankedReceiver, RankedSender, RemoteRank
 from prefill_worker.service import PrefillService
 from segue.config import WorkerSettings
-from segue.errors import ConfigError
 from segue.membership import Membership, held_lease
-from segue.models.config import ModelConfig
-from segue.models.store import model_revision
 from segue.runtime import Wakeups, background, run_process, say_serving, stop_event
 from segue.v1 import worker_pb2
 from segue.v1.inference_pb2 import WorkerLoad
@@ -43,12 +37,14 @@ logger = logging.getLogger(__name__)
 
 # How long a worker that was told to stop waits for the sequences it has.
 DRAIN_TIMEOUT_S = 60.0
-_BOTH_TRANSPORTS = ("shm", "tcp")
 
 
 async def run_worker(settings: WorkerSettings) -> None:
     """Serves until SIGTERM or SIGINT, drains (until done, or a second signal), then returns. Raises ModelFileError,
-    ConfigError or StoreUnavailable when it cannot start."""
+    ConfigError or StoreUnavailable when it cannot start, and WorkerLost when one of its ranks is gone."""
+    if settings.rank:
+        await run_rank(settings)
+        return
     stop = stop_event()
     async with serving_worker(settings) as worker:
         say_serving(grpc=worker.address)
@@ -62,44 +58,20 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
     """A worker that is announced and serves until the block ends."""
     async with AsyncExitStack() as stack:
         membership = await stack.enter_async_context(Membership(settings.redis, settings.cluster_id))
-        engine, memory = _load(settings)
+        epoch = await membership.next_epoch()
+        meeting = None
+        if settings.num_ranks > 1:
+            meeting = await Meeting.open(settings, membership, epoch)
+            stack.callback(meeting.group.leave)
+        engine, memory = load_engine(settings, meeting.group if meeting is not None else None)
         stack.callback(memory.close)
         stack.callback(engine.close)
-        worker = Worker(settings, engine, memory, epoch=await membership.next_epoch())
+        ranks = await stack.enter_async_context(remote_ranks(meeting)) if meeting is not None else []
+        worker = Worker(settings, engine, memory, ranks, epoch)
         await stack.enter_async_context(worker.legs())
         await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
         yield worker
-
-
-def _load(settings: WorkerSettings) -> tuple[Engine, KVMemory]:
-    if settings.device != "cpu" and set(settings.roles) != {"prefill", "decode"}:
-        raise ConfigError("device: KV cannot be handed over from a GPU's memory yet; run cuda workers with --colocated")
-    config = ModelConfig.from_dir(settings.model_dir)
-    layout = kv_layout(config, settings.own_kv, model_revision(settings.model_dir))
-    num_blocks = settings.kv_memory // layout.block_bytes
-    if num_blocks < 2:
-        raise ConfigError(
-            f"kv_memory: {settings.kv_memory} bytes hold {num_blocks} blocks of {layout.block_bytes} bytes; give it more"
-        )
-    memory = KVMemory.allocate(layout, num_blocks)
-    formats = WeightFormats(
-        TORCH_DTYPES[settings.dtype],
-        settings.own_quantization,
-        frozenset(settings.keep_float),
-        load_calibration(settings.model_dir) if settings.own_quantization != "none" else {},
-    )
-    engine = Engine.load(
-        settings.model_dir,
-        config,
-        layout,
-        num_blocks,
-        memory.buffer,
-        formats,
-        threads=settings.threads or os.cpu_count() or 1,
-        device=settings.device,
-    )
-    return engine, memory
 
 
 @dataclass
@@ -107,6 +79,8 @@ class Worker:
     settings: WorkerSettings
     engine: Engine
     memory: KVMemory
+    # Those after the first, which this is.
+    ranks: list[RemoteRank]
     epoch: int
     address: str = ""
     draining: bool = False
@@ -117,24 +91,11 @@ class Worker:
     async def legs(self) -> AsyncIterator[None]:
         """The services of this worker's roles, each with its loop running."""
         settings, wakeups = self.settings, Wakeups()
-        identity = WorkerIdentity(settings.worker_id, self.epoch, self.engine.layout.fingerprint())
-        transports = _BOTH_TRANSPORTS if settings.kv_transport == "auto" else (settings.kv_transport,)
         loops = []
         async with AsyncExitStack() as stack:
-            # Both in every worker: prompts' KV goes to decode, and what decode has of a conversation goes back to prefill.
-            receiver = await stack.enter_async_context(
-                KVReceiver(
-                    identity,
-                    self.memory,
-                    host=settings.host,
-                    transports=transports,
-                    lease_ms=settings.ticket_lease_ms,
-                    wire_dtype=settings.wire_dtype,
-                )
-            )
-            sender = await stack.enter_async_context(
-                KVSender(identity, self.memory, transports=transports, local=receiver, wire_dtype=settings.wire_dtype)
-            )
+            own_receiver, own_sender = await stack.enter_async_context(kv_ends(settings, self.memory, self.epoch))
+            receiver: Receiver = RankedReceiver(own_receiver, self.ranks) if self.ranks else own_receiver
+            sender: Sender = RankedSender(own_sender, self.ranks) if self.ranks else own_sender
             if "decode" in settings.roles:
                 decode = DecodeService(
                     self.engine,

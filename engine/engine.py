@@ -1,7 +1,8 @@
 """A worker's model, its KV cache and the one thread that computes.
 
 Life: `Engine.load` reads the weights; `run` computes steps, one at a time, in the order in which they were asked for, while
-the event loop goes on; `close` ends the thread and lets go of the KV memory.
+the event loop goes on; `close` ends the thread and lets go of the KV memory. Of several ranks that share a model each has an
+engine; all but the first do not `run`, they `follow`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from engine.cuda_graphs import GraphDecoder
 from engine.kernels.choice import make_kernels
 from engine.kv_cache import KVCache, WritableBuffer
 from engine.model import Decoder
+from engine.parallel import WHOLE, RankGroup
 from engine.rotary import RotaryTable
 from engine.sampler import sample
 from engine.step import Chunk, StepInputs, prepare_step
+from engine.step_words import pack_step, unpack_step
 from engine.weights import WeightFormats, load_weights
 from segue.errors import ConfigError, InternalError, InvalidRequest
 from segue.kv_layout import KVLayout
@@ -40,12 +43,25 @@ _MAX_GRAPH_BATCH = 64
 class Engine:
     """`pool` says which blocks of the KV cache are whose; sequences bring their own leases."""
 
-    def __init__(self, config: ModelConfig, layout: KVLayout, pool: BlockPool, decoder: Decoder, *, threads: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: KVLayout,
+        pool: BlockPool,
+        decoder: Decoder,
+        group: RankGroup | None = None,
+        *,
+        threads: int,
+    ) -> None:
         self.config = config
         self.layout = layout
         self.pool = pool
         self._decoder: Decoder | None = decoder
-        self._forward: Forward | None = decoder.forward if decoder.kernels.device.type == "cpu" else _on_gpu(decoder)
+        self._group = group
+        forward: Forward = decoder.forward if decoder.kernels.device.type == "cpu" else _on_gpu(decoder)
+        if group is not None and group.shard.rank == 0:
+            forward = _on_all_ranks(forward, group)
+        self._forward: Forward | None = forward
         # The number of compute threads is a property of the thread that starts them.
         self._executor = ThreadPoolExecutor(1, "engine", initializer=torch.set_num_threads, initargs=(threads,))
 
@@ -58,24 +74,27 @@ class Engine:
         num_blocks: int,
         kv_buffer: WritableBuffer,
         formats: WeightFormats,
+        group: RankGroup | None = None,
         *,
         threads: int,
         device: str = "cpu",
         kernels: str = "auto",
     ) -> Engine:
         """`kv_buffer` is writable, holds num_blocks * layout.block_bytes bytes and outlives the engine; a GPU keeps its KV in
-        memory of its own instead.
+        memory of its own instead. With `group`, this is one of its ranks, and `layout` that of the rank; the others
+        have as many blocks and the same formats.
 
         Raises ModelFileError for weights that are missing, damaged or do not fit `config`, and ConfigError for a device or
         kernels that are not there.
         """
         if threads < 1:
             raise ConfigError(f"threads: must be at least 1, not {threads}")
+        shard = WHOLE if group is None else group.shard
         cache = KVCache.over(kv_buffer, layout, num_blocks) if device == "cpu" else _device_cache(device, layout, num_blocks)
         rotary = RotaryTable(config.rope, config.head_dim, config.max_context)
-        backend = make_kernels(config, cache, rotary, threads=threads, device=device, kernels=kernels)
-        decoder = Decoder(load_weights(model_dir, config, formats), backend)
-        return cls(config, layout, BlockPool(num_blocks), decoder, threads=threads)
+        backend = make_kernels(shard.of(config), cache, rotary, threads=threads, device=device, kernels=kernels)
+        decoder = Decoder(load_weights(model_dir, config, formats, shard), backend, group)
+        return cls(config, layout, BlockPool(num_blocks), decoder, group, threads=threads)
 
     @property
     def decoder(self) -> Decoder:
@@ -101,7 +120,8 @@ class Engine:
         Returns, for each chunk, the next token when the chunk reached the end of its sequence, else None; tokens are not
         appended. Each sequence's num_computed is advanced; not so when the pass raises or the caller is cancelled. Until
         this returns or raises, sequences and leases must stay as they are: even a cancelled call waits for its pass to end.
-        `on_layer` is called on the engine's thread, with each layer whose K and V of all chunks are in the cache.
+        `on_layer` is called on the engine's thread, with each layer whose K and V of all chunks are in the cache, on all ranks.
+        Raises WorkerLost when another rank is gone, or when the pass fails on any: a group of ranks is then of no more use.
         """
         if not chunks:
             return []
@@ -110,16 +130,36 @@ class Engine:
             chunk.sequence.num_computed += chunk.num_tokens
         return tokens
 
+    async def follow(self) -> None:
+        """On a rank after the first: computes what rank 0 does, until it closes its engine. No scheduler, block pool or sampler
+        is needed for that: blocks have the same numbers on all ranks.
+
+        Raises WorkerLost when another rank is gone, and when this one fails, which the others then notice. When cancelled, the
+        thread still waits for rank 0.
+        """
+        await asyncio.wrap_future(self._executor.submit(self._follow))
+
     def close(self) -> None:
-        """Waits for the pass under way and lets go of weights and KV memory. Doing it twice does no harm."""
+        """Waits for the pass under way, lets the other ranks go, and lets go of weights and KV memory. On a rank that follows
+        it waits for rank 0's end. Doing it twice does no harm."""
         self._executor.shutdown(cancel_futures=True)
         self._decoder = self._forward = None
+        if self._group is not None:
+            self._group.dismiss()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _follow(self) -> None:
+        if self._group is None or self._forward is None:
+            raise InternalError("the engine is closed, or is no rank of several")
+        with self._group.together(), torch.inference_mode():
+            while len(words := self._group.receive_step()):
+                self._forward(unpack_step(words), None)
+        self._group.leave()
 
     def _compute(self, chunks: Chunks[Chunk], on_layer: OnLayer | None) -> list[GeneratedToken | None]:
         if (forward := self._forward) is None:
@@ -132,6 +172,15 @@ class Engine:
         for index, token in zip(step.sampled_chunks, sampled, strict=True):
             tokens[index] = token
         return tokens
+
+
+def _on_all_ranks(forward: Forward, group: RankGroup) -> Forward:
+    def forward_together(step: StepInputs, on_layer: OnLayer | None) -> torch.Tensor:
+        with group.together():
+            group.send_step(pack_step(step))
+            return forward(step, on_layer)
+
+    return forward_together
 
 
 def _device_cache(device: str, layout: KVLayout, num_blocks: int) -> KVCache:

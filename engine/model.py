@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from engine.kernels.base import Kernels
+from engine.parallel import RankGroup
 from engine.step import StepInputs
 from engine.weights import LayerWeights, ModelWeights
 
@@ -25,15 +26,19 @@ class _Layer:
 
 
 class Decoder:
-    def __init__(self, weights: ModelWeights, kernels: Kernels[Any, Any]) -> None:
+    """With `group`, the decoder of one of its ranks: `weights` and `kernels` are of the rank's share, and all ranks compute the
+    same steps at the same time."""
+
+    def __init__(self, weights: ModelWeights, kernels: Kernels[Any, Any], group: RankGroup | None = None) -> None:
         self.kernels = kernels
+        self._group = group
         self._embedding = weights.embedding.to(kernels.device)
         self._layers = [_pack_layer(kernels, layer) for layer in weights.layers]
         self._head = kernels.pack(weights.head, norm=weights.final_norm)
 
     def forward(self, step: StepInputs, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits [sampled rows, vocab] float32, on the backend's device. `on_layer` is called as soon as a layer's K and V are
-        in the cache."""
+        in the cache; with a group, in the cache of every rank."""
         device = self.kernels.device
         return self.compute(self.kernels.prepare(step), step.token_ids.to(device), step.sampled_rows.to(device), on_layer)
 
@@ -51,12 +56,24 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             heads = kernels.linear(layer.qkv, hidden)
             kernels.rotate_and_write(index, heads, layer.qk_norm, prepared)
-            if on_layer is not None:
+            if on_layer is not None and self._group is None:
                 on_layer(index)
-            attended = kernels.attend(index, heads, prepared)
-            kernels.linear(layer.attention_output, attended, add_to=hidden)
-            kernels.linear(layer.down, kernels.linear(layer.gate_up, hidden), add_to=hidden)
-        return kernels.linear(self._head, hidden[sampled_rows])
+            hidden = self._add(layer.attention_output, kernels.attend(index, heads, prepared), hidden)
+            if on_layer is not None and self._group is not None:
+                # Every rank has brought what it attended to, and so has written before.
+                on_layer(index)
+            hidden = self._add(layer.down, kernels.linear(layer.gate_up, hidden), hidden, num_parts=2)
+        logits = kernels.linear(self._head, hidden[sampled_rows])
+        return logits if self._group is None else self._group.join(logits, len(self._embedding))
+
+    def _add(self, layer: Any, inputs: torch.Tensor, hidden: torch.Tensor, num_parts: int = 1) -> torch.Tensor:
+        """`hidden` with the layer's results added. Of several ranks each brings some of the `inputs` (of `num_parts` that lie
+        one beside the other: gate and value), and of the results."""
+        if self._group is None:
+            return self.kernels.linear(layer, inputs, add_to=hidden)
+        inputs = self._group.join(inputs, self._group.shard.size * inputs.shape[1], num_parts)
+        own = hidden[:, self._group.shard.part(hidden.shape[1])].contiguous()
+        return self._group.join(self.kernels.linear(layer, inputs, add_to=own), hidden.shape[1])
 
 
 def _pack_layer(kernels: Kernels[Any, Any], layer: LayerWeights) -> _Layer:

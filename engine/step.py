@@ -71,17 +71,22 @@ def prepare_step(chunks: Rows[Chunk], layout: KVLayout) -> StepInputs:
             sampled_rows.append(len(token_ids) - 1)
             sampled_chunks.append(index)
     num_decoding = sum(chunk.num_tokens == 1 for chunk in chunks)
-    positions = np.array([piece.start for piece in pieces[:num_decoding]], np.int64)
-    if num_decoding < len(pieces):
-        positions = np.concatenate([positions, *(np.arange(piece.start, piece.end) for piece in pieces[num_decoding:])])
     return StepInputs(
         token_ids=torch.tensor(token_ids),
-        positions=torch.from_numpy(positions),
+        positions=positions_of(pieces, num_decoding),
         pieces=pieces,
         num_decoding=num_decoding,
         sampled_rows=torch.tensor(sampled_rows, dtype=torch.int64),
         sampled_chunks=sampled_chunks,
     )
+
+
+def positions_of(pieces: Rows[Piece], num_decoding: int) -> torch.Tensor:
+    """[tokens] int64"""
+    positions = np.array([piece.start for piece in pieces[:num_decoding]], np.int64)
+    if num_decoding < len(pieces):
+        positions = np.concatenate([positions, *(np.arange(piece.start, piece.end) for piece in pieces[num_decoding:])])
+    return torch.from_numpy(positions)
 
 
 def _piece(index: int, first_row: int, chunk: Chunk, layout: KVLayout) -> Piece:

@@ -1,6 +1,9 @@
 """A model's weights, read from safetensors and put into the formats that a worker computes in: q, k, v in one matrix, gate and
 up in another.
 
+A rank of several holds some of each matrix's outputs, in their formats the same numbers as everybody else would: its heads of
+q, k and v, its part of gate and up, and so on; the embedding and the norms are on all ranks.
+
 Matrices are [outputs, inputs]. What need not be joined or converted is a view of the mapped file until a backend packs it.
 """
 
@@ -14,6 +17,7 @@ from pathlib import Path
 import torch
 
 from engine.linear import FloatWeight, Linear
+from engine.parallel import WHOLE, Shard
 from engine.quantization import quantize_int4, quantize_int8
 from engine.tensor_files import TensorFiles
 from segue.config import Quantization
@@ -48,6 +52,8 @@ class WeightFormats:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
+    """`num_heads` and so on are those of `Shard.of` the model; of each matrix the rank's outputs."""
+
     # Norms are float32.
     input_norm: torch.Tensor
     # [(num_heads + 2 * num_kv_heads) * head_dim, hidden_size]
@@ -73,9 +79,10 @@ class ModelWeights:
     layers: list[LayerWeights]
 
 
-def load_weights(model_dir: Path, config: ModelConfig, formats: WeightFormats) -> ModelWeights:
-    """Raises ModelFileError, naming tensor and file, for tensors that are missing, unexpected or of another shape."""
-    reader = _Reader(TensorFiles(model_dir), config, formats)
+def load_weights(model_dir: Path, config: ModelConfig, formats: WeightFormats, shard: Shard = WHOLE) -> ModelWeights:
+    """The share `shard` of the model that `config` describes. Raises ModelFileError, naming tensor and file, for tensors that
+    are missing, unexpected or of another shape."""
+    reader = _Reader(TensorFiles(model_dir), config, formats, shard)
     embedding = reader.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     layers = [reader.layer(index) for index in range(config.num_layers)]
     final_norm = reader.norm("model.norm.weight", config.hidden_size)
@@ -83,7 +90,7 @@ def load_weights(model_dir: Path, config: ModelConfig, formats: WeightFormats) -
     reader.require_all_used()
     # A copy: backends pack everything else, and a single view left would keep the whole mapped file resident.
     table = embedding.to(formats.dtype, copy=True)
-    return ModelWeights(table, formats.convert("head", head, None), final_norm, layers)
+    return ModelWeights(table, formats.convert("head", head[shard.part(config.vocab_size)], None), final_norm, layers)
 
 
 # Written by some exporters: derived from the configuration, or a second copy of a tied matrix.
@@ -91,10 +98,11 @@ _IGNORED = re.compile(r"lm_head\.weight|.*\.rotary_emb\.inv_freq")
 
 
 class _Reader:
-    def __init__(self, files: TensorFiles, config: ModelConfig, formats: WeightFormats) -> None:
+    def __init__(self, files: TensorFiles, config: ModelConfig, formats: WeightFormats, shard: Shard) -> None:
         self._files = files
         self._config = config
         self._formats = formats
+        self._shard = shard
         self._used: set[str] = set()
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
@@ -138,16 +146,17 @@ class _Reader:
             )
 
     def _linear(self, name: str, parts: dict[str, int], num_inputs: int, has_bias: bool) -> Linear:
-        """Projections of the same inputs as one layer; `parts` gives the number of outputs of each."""
-        weights = [self.take(f"{part}.weight", num_outputs, num_inputs) for part, num_outputs in parts.items()]
+        """Projections of the same inputs as one layer; `parts` gives the outputs of each, of which the rank has some."""
+        own = {part: self._shard.part(num_outputs) for part, num_outputs in parts.items()}
+        weights = [self.take(f"{part}.weight", num_outputs, num_inputs)[own[part]] for part, num_outputs in parts.items()]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = None
         if has_bias:
-            bias = torch.cat([self.norm(f"{part}.bias", num_outputs) for part, num_outputs in parts.items()])
+            bias = torch.cat([self.norm(f"{part}.bias", num_outputs)[own[part]] for part, num_outputs in parts.items()])
         return self._formats.convert(name, weight, bias)
 
     def _qk_norm(self, attention: str) -> torch.Tensor | None:
-        config = self._config
+        config = self._shard.of(self._config)
         if not config.qk_norm:
             return None
         query = self.norm(f"{attention}q_norm.weight", config.head_dim).expand(config.num_heads, -1)

@@ -8,17 +8,51 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from kv_transfer.incoming import Arrival, Incoming
-from kv_transfer.plan import shared_heads
-from kv_transfer.push import Push
-from kv_transfer.receiver import KVReceiver
-from kv_transfer.sender import KVSender
+from kv_transfer.incoming import Arrival
 from segue.errors import TransferRefused
 from segue.v1 import transfer_pb2 as pb
 
 T = TypeVar("T")
+
+
+class IncomingPart(Protocol):
+    """One ticket of a reservation: an Incoming, here or on another rank."""
+
+    ticket: pb.Ticket
+
+    async def arrival(self) -> Arrival: ...
+
+    def accept(self) -> None: ...
+
+    async def fence(self) -> None: ...
+
+
+class PushPart(Protocol):
+    """One ticket of a hand-over: a Push, from here or from another rank."""
+
+    ticket: pb.Ticket
+
+    def send(self, layer: int, source_blocks: Sequence[int], blocks: range) -> None: ...
+
+    async def commit(self, first_token: int, source_blocks: Sequence[int]) -> int: ...
+
+    async def abandon(self, reason: str) -> object: ...
+
+
+class Receiver(Protocol):
+    """A KVReceiver, or those of several ranks (kv_transfer/ranks.py)."""
+
+    async def reserve(self, first_block: int, block_ids: Sequence[int], num_writers: int) -> Sequence[IncomingPart]: ...
+
+    def expect_local(self) -> IncomingPart: ...
+
+
+class Sender(Protocol):
+    """A KVSender, or those of several ranks."""
+
+    async def open(self, ticket: pb.Ticket) -> PushPart: ...
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -35,20 +69,19 @@ async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 class Reservation:
     """The receiving side: blocks that the ranks of one other worker may write."""
 
-    def __init__(self, parts: Sequence[Incoming]) -> None:
+    def __init__(self, parts: Sequence[IncomingPart]) -> None:
         self._parts = parts
 
     @classmethod
-    def local(cls, receiver: KVReceiver) -> Reservation:
+    def local(cls, receiver: Receiver) -> Reservation:
         """For a prefill service in this very process, which hands its own blocks over."""
         return cls([receiver.expect_local()])
 
     @classmethod
-    def of(cls, receiver: KVReceiver, first_block: int, block_ids: Sequence[int], num_writers: int) -> Reservation:
+    async def of(cls, receiver: Receiver, first_block: int, block_ids: Sequence[int], num_writers: int) -> Reservation:
         """For a worker of `num_writers` ranks, to write the prompt's blocks from `first_block` on into `block_ids`.
-        Raises TransferRefused when the heads cannot be shared out so."""
-        shares = [(rank, shared_heads(receiver.layout, rank, num_writers)) for rank in range(num_writers)]
-        return cls([receiver.expect(first_block, block_ids, heads, rank) for rank, heads in shares if heads])
+        Raises TransferRefused when the heads cannot be shared out so. When cancelled, nothing stays reserved."""
+        return cls(await receiver.reserve(first_block, block_ids, num_writers))
 
     @property
     def tickets(self) -> list[pb.Ticket]:
@@ -73,11 +106,11 @@ class Reservation:
 class HandOver:
     """The sending side: pushes to the ranks of one other worker."""
 
-    def __init__(self, pushes: Sequence[Push]) -> None:
+    def __init__(self, pushes: Sequence[PushPart]) -> None:
         self._pushes = pushes
 
     @classmethod
-    async def open(cls, sender: KVSender, tickets: Sequence[pb.Ticket]) -> HandOver:
+    async def open(cls, sender: Sender, tickets: Sequence[pb.Ticket]) -> HandOver:
         """Raises as `KVSender.open`; whatever was opened is then given back."""
         if not tickets:
             raise TransferRefused("the other worker gave no ticket")
@@ -88,7 +121,7 @@ class HandOver:
             for task in opening:
                 task.cancel()
             done = await asyncio.gather(*opening, return_exceptions=True)
-            await asyncio.gather(*(push.abandon("another rank failed") for push in done if isinstance(push, Push)))
+            await asyncio.gather(*(push.abandon("another rank failed") for push in done if not isinstance(push, BaseException)))
             raise
 
     @property

@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.incoming import Arrival, Incoming
 from kv_transfer.memory import KVMemory
+from kv_transfer.plan import shared_heads
 from kv_transfer.protocol import DIST, LOCAL, Failure, Frames, FreshRegion, ReceivingTicket, unknown_ticket
 from kv_transfer.sockets import bind_receiver
 from kv_transfer.transports import MAX_PUSH_BYTES, Payload, check_transports
@@ -125,6 +126,12 @@ class KVReceiver:
         if len(set(block_ids)) != len(block_ids) or any(not 0 <= block < self._memory.num_blocks for block in block_ids):
             raise ValueError(f"block_ids: {list(block_ids)} are not different blocks of {self._memory.num_blocks}")
         return self._grant(self.endpoint, first_block, block_ids, heads or self.layout.heads, writer_rank)
+
+    async def reserve(self, first_block: int, block_ids: Sequence[int], num_writers: int) -> list[Incoming]:
+        """Tickets for a worker of `num_writers` ranks, one for each that has heads which lie in this memory. Raises
+        TransferRefused when the heads cannot be shared out so."""
+        shares = [(rank, shared_heads(self.layout, rank, num_writers)) for rank in range(num_writers)]
+        return [self.expect(first_block, block_ids, heads, rank) for rank, heads in shares if heads]
 
     def expect_local(self, first_block: int = 0) -> Incoming:
         """A ticket for a sender in this very process, which hands its own blocks over."""

@@ -21,9 +21,7 @@ from contextlib import suppress
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step import Chunk
-from kv_transfer.handover import HandOver, Reservation
-from kv_transfer.receiver import KVReceiver
-from kv_transfer.sender import KVSender
+from kv_transfer.handover import HandOver, Receiver, Reservation, Sender
 from prefill_worker.job import PrefillJob
 from prefill_worker.outgoing import OutgoingKV
 from prefill_worker.scheduling import plan_chunks, plan_pull
@@ -50,8 +48,8 @@ class PrefillService:
     def __init__(
         self,
         engine: Engine,
-        sender: KVSender,
-        receiver: KVReceiver,
+        sender: Sender,
+        receiver: Receiver,
         wakeups: Wakeups,
         *,
         max_step_tokens: int,
@@ -258,7 +256,7 @@ class PrefillService:
         assert sequence.lease is not None
         block_ids = sequence.lease.block_ids[blocks.start : blocks.stop]
         try:
-            job.pulled = Reservation.of(self._receiver, blocks.start, block_ids, job.num_decode_ranks)
+            job.pulled = await Reservation.of(self._receiver, blocks.start, block_ids, job.num_decode_ranks)
             job.link.send(pb.LinkResponse(pull_kv=pb.PullKV(key=job.key, tickets=job.pulled.tickets)))
             await job.pulled.arrival()
             job.pulled.accept()

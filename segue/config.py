@@ -108,6 +108,8 @@ class EngineSettings(Settings):
     )
     kv_wire: KVWire = Field("stored", description="Number format in which KV travels between workers; smaller is lossy")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to compute")
+    prefill_tp: int = Field(1, ge=1, description="Tensor-parallel ranks of each prefill worker, processes that share its model")
+    decode_tp: int = Field(1, ge=1, description="Tensor-parallel ranks of each decode worker")
     kv_memory: NumBytes = Field(2**29, ge=1, description="Memory for KV cache of each worker, in bytes")
     block_size: int = Field(32, ge=1, le=256, description="Tokens in one KV block")
     decode_block_size: int | None = Field(None, ge=1, le=256, description="The same for workers that only decode")
@@ -164,6 +166,9 @@ class WorkerSettings(EngineSettings):
     host: str = LOOPBACK
     ticket_lease_ms: int = Field(10_000, ge=100)
     member_lease_ms: int = Field(3_000, ge=100)
+    # Which of the worker's ranks this process is. `group` names this start of the worker: equal for all of its ranks.
+    rank: int = Field(0, ge=0)
+    group: str = ""
 
     @property
     def only_decodes(self) -> bool:
@@ -173,6 +178,15 @@ class WorkerSettings(EngineSettings):
     def own_quantization(self) -> Quantization:
         """How this worker holds its weights."""
         return (self.decode_quantization if self.only_decodes else None) or self.quantization
+
+    @property
+    def num_ranks(self) -> int:
+        return self.decode_tp if self.only_decodes else self.prefill_tp
+
+    @property
+    def num_ranks_field(self) -> str:
+        """The setting that `num_ranks` is."""
+        return "decode_tp" if self.only_decodes else "prefill_tp"
 
     @property
     def own_kv(self) -> Self:

@@ -2,6 +2,7 @@
 
     segue:<cluster>:worker:<worker id>    WorkerRecord, expires with the lease
     segue:<cluster>:epoch                 counter; every start of a worker takes the next value
+    segue:<cluster>:group:<group>         the address of a worker's rank 0, once for each of the ranks that are to take it
     segue:<cluster>:changes               channel, one message for every arrival, change and departure
 
 A record outlives its worker by one lease at most. Readers treat the store as a hint: the link to a worker is what counts,
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 # Deletes a worker's record only if it is still that of the epoch which leaves: a restarted worker may have replaced it.
 _WITHDRAW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) else return 0 end"
+# Ranks that have not come by then are not coming.
+_ADDRESS_LIFETIME_S = 600
+# Shorter than the time after which a silent store is taken to be away.
+_BLOCK_S = 2
 _STORE_ERRORS = (RedisError, OSError, asyncio.TimeoutError)
 
 
@@ -47,6 +52,21 @@ class Membership:
         """A number above all that were handed out in this cluster."""
         async with _as_store_unavailable():
             return int(await self._redis.incr(f"{self._prefix}:epoch"))
+
+    async def leave_address(self, group: str, address: str, num_takers: int) -> None:
+        """For `take_address` on the other ranks of a group, each of which takes it once."""
+        async with _as_store_unavailable():
+            await self._redis.rpush(self._group_key(group), *[address] * num_takers)
+            await self._redis.expire(self._group_key(group), _ADDRESS_LIFETIME_S)
+
+    async def take_address(self, group: str) -> str:
+        """Waits until rank 0 of the group left its address."""
+        found = None
+        while found is None:
+            async with _as_store_unavailable():
+                found = await self._redis.blpop([self._group_key(group)], timeout=_BLOCK_S)
+        address = found[1]
+        return address.decode() if isinstance(address, bytes) else address
 
     async def announce(self, record: WorkerRecord, lease_ms: int) -> None:
         """Writes `record` for `lease_ms`, and tells the listeners if it differs from what was there."""
@@ -93,6 +113,9 @@ class Membership:
                 yield
         finally:
             await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+    def _group_key(self, group: str) -> str:
+        return f"{self._prefix}:group:{group}"
 
     def _key(self, worker_id: str) -> str:
         return f"{self._prefix}:worker:{worker_id}"

@@ -29,6 +29,8 @@ def up(
     prefill: Annotated[int | None, _flag("prefill", shape="N")] = None,
     decode: Annotated[int | None, _flag("decode", shape="N")] = None,
     colocated: Annotated[bool | None, _flag("colocated", flag="--colocated/--disaggregated")] = None,
+    prefill_tp: Annotated[int | None, _flag("prefill_tp", shape="N")] = None,
+    decode_tp: Annotated[int | None, _flag("decode_tp", shape="N")] = None,
     redis: Annotated[str | None, _flag("redis", shape="URL")] = None,
     ray_address: Annotated[str | None, _flag("ray_address", shape="HOST:PORT")] = None,
     host: Annotated[str | None, _flag("host", shape="ADDRESS")] = None,

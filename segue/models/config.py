@@ -7,9 +7,11 @@ so that the engine has one decoder and never asks for an architecture's name.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
+from segue.errors import ConfigError
 from segue.models.json_fields import JsonFields
 
 LLAMA = "LlamaForCausalLM"
@@ -69,6 +71,23 @@ class ModelConfig:
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+
+    @property
+    def tensor_parallel_degrees(self) -> tuple[int, ...]:
+        """How many ranks the network can be cut into: all get as many kv heads, with the heads that use them, and as much of
+        the MLP."""
+        common = gcd(self.num_kv_heads, self.intermediate_size)
+        return tuple(degree for degree in range(1, common + 1) if common % degree == 0)
+
+    def check_tensor_parallel(self, degree: int, field: str) -> None:
+        """Raises ConfigError, naming `field` and its possible values, when the network cannot be cut into that many ranks."""
+        if degree not in self.tensor_parallel_degrees:
+            possible = ", ".join(map(str, self.tensor_parallel_degrees))
+            raise ConfigError(
+                f"{field}: {degree} ranks cannot share {self.num_heads} heads, {self.num_kv_heads} kv heads and an MLP of "
+                f"{self.intermediate_size} evenly; this model takes {possible}",
+                field=field,
+            )
 
     @classmethod
     def from_dir(cls, path: Path) -> ModelConfig:

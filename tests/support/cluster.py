@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.ranks import run_rank
 from deploy.worker import Worker, serving_worker
 from router.app import serving_router
 from router.front import Front
@@ -27,6 +29,20 @@ class Cluster:
 
     def worker(self, worker_id: str) -> Worker:
         return next(worker for worker in self.workers if worker.settings.worker_id == worker_id)
+
+
+@asynccontextmanager
+async def all_ranks(settings: WorkerSettings) -> AsyncIterator[Worker]:
+    """A worker with the ranks after its first, which end with it."""
+    settings = settings.model_copy(update={"group": uuid.uuid4().hex})
+    others = [
+        asyncio.create_task(run_rank(settings.model_copy(update={"rank": rank}))) for rank in range(1, settings.num_ranks)
+    ]
+    try:
+        async with serving_worker(settings) as worker:
+            yield worker
+    finally:
+        await asyncio.gather(*others)
 
 
 @asynccontextmanager
@@ -51,7 +67,7 @@ async def in_process_cluster(
     async with AsyncExitStack() as stack:
         workers = [
             await stack.enter_async_context(
-                serving_worker(WorkerSettings(**common, worker_id=worker_id, roles=its_roles, **worker_options))
+                all_ranks(WorkerSettings(**common, worker_id=worker_id, roles=its_roles, **worker_options))
             )
             for worker_id, its_roles in roles.items()
         ]

@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(directory: Path, *, max_context: int = 512) -> Path:
+def make_tiny_model(directory: Path, *, max_context: int = 512, num_kv_heads: int = 2) -> Path:
     """Weights are large, so that logits differ clearly and rounding never decides between two tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
@@ -35,7 +35,7 @@ def make_tiny_model(directory: Path, *, max_context: int = 512) -> Path:
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=num_kv_heads,
         max_position_embeddings=max_context,
         bos_token_id=None,
         eos_token_id=vocabulary["<|im_end|>"],

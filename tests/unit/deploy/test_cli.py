@@ -84,6 +84,8 @@ OTHER_VALUES: dict[str, Any] = {
     "decode_kv_dtype": "bfloat16",
     "kv_wire": "bfloat16",
     "device": "cuda",
+    "prefill_tp": 2,
+    "decode_tp": 4,
     "kv_memory": 2**26,
     "block_size": 16,
     "decode_block_size": 64,

@@ -1,5 +1,6 @@
 """What a cluster consists of."""
 
+import json
 import socket
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.plan import can_listen, check_settings, is_spread, plan_driver, plan_router, plan_workers, worker_names
+from deploy.plan import can_listen, check_model, check_settings, is_spread, plan_driver, plan_router, plan_workers, worker_names
 from deploy.ray_driver import DriverPlan
 from segue.config import ClusterSettings, WorkerSettings
 from segue.errors import ConfigError
@@ -41,9 +42,10 @@ def test_every_worker_gets_the_engine_settings_of_the_cluster() -> None:
 
 
 @settings(max_examples=50)
-@given(num_cores=st.integers(1, 128), prefill=st.integers(1, 64), decode=st.integers(1, 64))
-def test_cores_are_shared_out_and_never_promised_twice(num_cores: int, prefill: int, decode: int) -> None:
-    threads = [worker.threads for worker in workers_of(ClusterSettings(prefill=prefill, decode=decode), num_cores)]
+@given(num_cores=st.integers(1, 128), prefill=st.integers(1, 64), decode=st.integers(1, 64), decode_tp=st.integers(1, 8))
+def test_cores_are_shared_out_and_never_promised_twice(num_cores: int, prefill: int, decode: int, decode_tp: int) -> None:
+    workers = workers_of(ClusterSettings(prefill=prefill, decode=decode, decode_tp=decode_tp), num_cores)
+    threads = [worker.threads for worker in workers for _ in range(worker.num_ranks)]
     assert len(set(threads)) == 1
     assert threads[0] >= 1
     assert sum(threads) <= max(num_cores, len(threads))
@@ -81,6 +83,20 @@ def test_a_taken_port_is_found_before_anything_is_started(flag: str) -> None:
             check_settings(ClusterSettings(**({"http_port": 0, "grpc_port": 0} | {flag: port})))
     assert caught.value.field == flag
     assert can_listen("127.0.0.1", port)
+
+
+def test_numbers_of_ranks_that_cannot_be_are_found_before_anything_is_started(tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config |= {"intermediate_size": 1536, "num_hidden_layers": 1, "vocab_size": 9, "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    model = ModelHandle("tiny", tmp_path, "r1")
+    check_model(ClusterSettings(prefill_tp=3, decode_tp=1), model)
+    with pytest.raises(ConfigError, match=r"decode_tp: 2 ranks cannot share 9 heads, 3 kv heads .* takes 1, 3") as caught:
+        check_model(ClusterSettings(decode_tp=2), model)
+    assert caught.value.field == "decode_tp"
+    with pytest.raises(ConfigError, match="the same ranks"):
+        check_settings(ClusterSettings(colocated=True, prefill_tp=2, http_port=0, grpc_port=0))
+    check_settings(ClusterSettings(colocated=True, prefill_tp=2, decode_tp=2, http_port=0, grpc_port=0))
 
 
 def test_the_router_gets_its_part() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,18 +21,26 @@ from segue.errors import ConfigError, Unavailable
 
 
 class FakeRay:
-    """As much of the `ray` module as the supervisor uses; each run of a replica takes the next of `outcomes`."""
+    """As much of the `ray` module as the supervisor uses; each run of a replica takes the next of `outcomes`; None:
+    it goes on."""
 
     class RayError(Exception):
         pass
 
-    def __init__(self, outcomes: list[Outcome | Exception]) -> None:
+    def __init__(self, outcomes: Sequence[Outcome | Exception | None]) -> None:
         self.exceptions = SimpleNamespace(RayError=self.RayError)
+        self.placements: list[tuple[list[dict[str, int]], str]] = []
+        self.num_removed_placements = 0
+        self.util = SimpleNamespace(
+            placement_group=self._placement_group,
+            remove_placement_group=self._remove_placement_group,
+            scheduling_strategies=SimpleNamespace(PlacementGroupSchedulingStrategy=self._in_placement),
+        )
         self.options: list[dict[str, Any]] = []
         self.started: list[WorkerSettings] = []
         self.killed: list[Any] = []
         self.first_kill = asyncio.Event()
-        self._outcomes = outcomes
+        self._outcomes = list(outcomes)
 
     def remote(self, **options: Any) -> Callable[[Any], Any]:
         self.options.append(options)
@@ -48,11 +56,23 @@ class FakeRay:
             outcome = self._outcomes.pop(0)
             if isinstance(outcome, Exception):
                 run.set_exception(outcome)
-            else:
+            elif outcome is not None:
                 run.set_result(outcome)
         else:  # it serves
             os.kill(os.getpid(), signal.SIGTERM)
         return run
+
+    def _placement_group(self, bundles: list[dict[str, int]], strategy: str) -> Any:
+        self.placements.append((bundles, strategy))
+        ready = asyncio.get_running_loop().create_future()
+        ready.set_result(None)
+        return SimpleNamespace(ready=lambda: ready)
+
+    def _remove_placement_group(self, _placement: Any) -> None:
+        self.num_removed_placements += 1
+
+    def _in_placement(self, _placement: Any, placement_group_bundle_index: int) -> int:
+        return placement_group_bundle_index
 
     def kill(self, actor: Any) -> None:
         self.killed.append(actor)
@@ -65,15 +85,15 @@ class FakeRay:
         return SimpleNamespace(gcs_address="here:1")
 
 
-def plan(*, threads: int = 2, spread: bool = False) -> DriverPlan:
+def plan(*, threads: int = 2, spread: bool = False, **further: Any) -> DriverPlan:
     worker = WorkerSettings(
         cluster_id="c",
         redis="r",
         worker_id="decode-0",
-        roles=("decode",),
         model_dir=Path("/m"),
         model_name="m",
         threads=threads,
+        **{"roles": ("decode",)} | further,
     )
     return DriverPlan("c", "", "module:function", (worker.model_dump_json(),), spread)
 
@@ -129,6 +149,42 @@ async def test_on_a_ray_cluster_a_replica_asks_for_the_cores_it_keeps_busy() -> 
     (options,) = ray.options
     assert (options["num_cpus"], options["scheduling_strategy"]) == (9, "SPREAD")
     assert ray.started[0].threads == 9
+
+
+async def test_ranks_start_and_end_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    ray = FakeRay([None])
+    ray._outcomes += [ray.RayError("the process died"), None]
+    await Supervisor(ray, plan(decode_tp=3)).run()  # the second time all serve, and the fake then asks to stop
+    assert [worker.rank for worker in ray.started] == [0, 1, 2, 0, 1, 2]
+    groups = [worker.group for worker in ray.started]
+    assert groups[:3] == groups[:1] * 3
+    assert groups[3:] == groups[3:4] * 3
+    assert groups[0] != groups[3], "no rank of an earlier start may come in"
+    assert len(ray.killed) == 6
+    assert (ray.placements, ray.num_removed_placements) == ([([{"CPU": 1}] * 3, "STRICT_PACK")] * 2, 2)
+    assert [options["scheduling_strategy"] for options in ray.options] == [0, 1, 2] * 2
+    assert {options["max_restarts"] for options in ray.options} == {0}
+    (_, ended) = events(capsys.readouterr().out)
+    assert (ended["drained"], ended["error"]) == (False, "the process died")
+
+
+async def test_ranks_that_drained_are_let_go(capsys: pytest.CaptureFixture[str]) -> None:
+    ray = FakeRay([Outcome(drained=True, code="", error=""), None])
+    supervising = asyncio.create_task(Supervisor(ray, plan(decode_tp=2)).run())
+    await ray.first_kill.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await supervising
+    assert len(ray.started) == len(ray.killed) == 2
+    assert events(capsys.readouterr().out)[1]["drained"] is True
+
+
+async def test_each_rank_of_several_has_a_gpu_of_its_own() -> None:
+    ray = FakeRay([])
+    roles = {"roles": ("prefill", "decode"), "device": "cuda"}
+    supervisor = Supervisor(ray, plan(spread=True, prefill_tp=2, **roles))
+    (worker,) = supervisor._workers
+    assert supervisor._resources(worker) == {"CPU": 2, "GPU": 1}
+    assert supervisor._resources(worker.model_copy(update={"prefill_tp": 1})) == {"CPU": 2}
 
 
 async def test_the_launcher_hears_what_the_driver_says() -> None:

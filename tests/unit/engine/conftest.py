@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -11,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.distributed import HashStore
 
 from engine.engine import Engine
+from engine.kv_cache import KVCache
 from engine.layout import kv_layout
+from engine.parallel import RankGroup, Shard
 from engine.sequence import Sequence
 from engine.step import Chunk
 from engine.weights import WeightFormats
@@ -47,6 +52,9 @@ LLAMA3_ROPE = {
 }
 CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama_4_kv_heads": lambda: transformers.LlamaConfig(
+        **SIZES | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 128}
+    ),
     # Fills whole groups of int4 weights.
     "llama_96": lambda: transformers.LlamaConfig(**SIZES | {"hidden_size": 96, "intermediate_size": 128}),
     "llama3_rope": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
@@ -95,6 +103,30 @@ class Checkpoint:
             yield EngineRunner(engine)
             engine.pool.check()
 
+    @contextmanager
+    def ranks(self, size: int, *, num_blocks: int = 160, kernels: str = "auto", **options: Any) -> Iterator[RankedRunner]:
+        """An engine of `size` ranks, which are threads of this process; `options` as in `engine`."""
+        settings = EngineSettings(**{"block_size": 4} | options)
+        formats = WeightFormats(getattr(torch, settings.dtype), settings.quantization, frozenset(settings.keep_float))
+        store = HashStore()
+
+        def load(rank: int) -> Engine:
+            shard = Shard(rank, size)
+            layout = kv_layout(self.config, settings, "test", shard)
+            memory = bytearray(b"\x42") * (num_blocks * layout.block_bytes)
+            arguments = (self.directory, self.config, layout, num_blocks, memory, formats, RankGroup(store, shard))
+            return Engine.load(*arguments, threads=1, kernels=kernels)
+
+        with ThreadPoolExecutor(size) as threads:
+            engines = list(threads.map(load, range(size)))
+        following = [asyncio.create_task(engine.follow()) for engine in engines[1:]]
+        try:
+            yield RankedRunner(engines, following)
+            engines[0].pool.check()
+        finally:
+            for engine in engines:
+                engine.close()
+
 
 class EngineRunner:
     """Drives an engine the way workers do."""
@@ -137,6 +169,19 @@ class EngineRunner:
     async def generate(self, prompt: list[int], num_tokens: int, *, max_chunk: int = 1000, **options: Any) -> list[int]:
         (tokens,) = await self.finish([self.start(prompt, num_tokens, **options)], max_chunk=max_chunk)
         return tokens
+
+
+class RankedRunner(EngineRunner):
+    """One with the engines of all ranks, and what those after the first do."""
+
+    def __init__(self, engines: list[Engine], following: list[asyncio.Task[None]]) -> None:
+        super().__init__(engines[0])
+        self.engines = engines
+        self.following = following
+
+    @property
+    def caches(self) -> list[KVCache]:
+        return [engine.decoder.kernels.cache for engine in self.engines]
 
 
 MakeCheckpoint = Callable[[str], Checkpoint]

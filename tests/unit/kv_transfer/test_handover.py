@@ -90,7 +90,7 @@ async def test_every_rank_gets_its_heads_from_those_that_have_them(workers, pref
     await workers.start(prefill, prefill_ranks, decode, decode_ranks)
     source_blocks = [9, 3, 4, 15, 1, 0][: prefill.num_blocks_for(NUM_TOKENS)]
     target_blocks = [2, 14, 7, 8, 5, 11][: decode.num_blocks_for(NUM_TOKENS)]
-    reservations = [Reservation.of(receiver, 0, target_blocks, prefill_ranks) for receiver in workers.receivers]
+    reservations = [await Reservation.of(receiver, 0, target_blocks, prefill_ranks) for receiver in workers.receivers]
     tickets = [ticket for reservation in reservations for ticket in reservation.tickets]
     assert len(tickets) == max(prefill_ranks, decode_ranks)
     committing = []
@@ -113,7 +113,7 @@ async def test_every_rank_gets_its_heads_from_those_that_have_them(workers, pref
 
 async def test_a_hand_over_ends_as_one(workers):
     await workers.start(LAYOUT, 2, LAYOUT, 1)
-    reservation = Reservation.of(workers.receivers[0], 0, [1, 2], 2)
+    reservation = await Reservation.of(workers.receivers[0], 0, [1, 2], 2)
     first, second = [await HandOver.open(workers.senders[t.writer_rank], [t]) for t in reservation.tickets]
     for layer in range(LAYOUT.num_layers):
         first.send(layer, [0, 1], range(2))
@@ -128,7 +128,7 @@ async def test_a_hand_over_ends_as_one(workers):
 
 async def test_what_was_opened_is_given_back_when_another_ticket_is_refused(workers):
     await workers.start(LAYOUT, 1, LAYOUT, 2)
-    reservations = [Reservation.of(receiver, 0, [1], 1) for receiver in workers.receivers]
+    reservations = [await Reservation.of(receiver, 0, [1], 1) for receiver in workers.receivers]
     tickets = [reservation.tickets[0] for reservation in reservations]
     tickets[1].decode_epoch += 1
     with pytest.raises(TransferRefused, match="epoch"):
@@ -140,14 +140,14 @@ async def test_what_was_opened_is_given_back_when_another_ticket_is_refused(work
 
 async def test_heads_that_a_worker_has_not_are_refused(workers):
     await workers.start(LAYOUT, 2, LAYOUT, 1)
-    reservation = Reservation.of(workers.receivers[0], 0, [1], 2)
+    reservation = await Reservation.of(workers.receivers[0], 0, [1], 2)
     with pytest.raises(TransferRefused, match="KV heads"):
         await HandOver.open(workers.senders[0], reservation.tickets[1:])
     with pytest.raises(TransferRefused, match="no ticket"):
         await HandOver.open(workers.senders[0], [])
     await reservation.fence()
     with pytest.raises(TransferRefused, match="cannot be shared out"):
-        Reservation.of(workers.receivers[0], 0, [1], 3)
+        await Reservation.of(workers.receivers[0], 0, [1], 3)
 
 
 @pytest.mark.parametrize("changes", [{"block_size": 8}, {"dtype": "bfloat16"}])
@@ -155,7 +155,7 @@ async def test_tensors_are_not_converted(workers, changes):
     if workers.transport != "dist":
         return
     await workers.start(LAYOUT, 1, replace(LAYOUT, **changes), 1)
-    reservation = Reservation.of(workers.receivers[0], 0, [1], 1)
+    reservation = await Reservation.of(workers.receivers[0], 0, [1], 1)
     with pytest.raises(TransferRefused, match=r"kv_wire|equal block sizes"):
         await HandOver.open(workers.senders[0], reservation.tickets)
     await reservation.fence()

@@ -91,3 +91,16 @@ async def test_a_store_that_does_not_answer_is_said(cluster_id: str) -> None:
             await nowhere.list_workers()
         with pytest.raises(StoreUnavailable):
             await nowhere.next_epoch()
+
+
+async def test_every_rank_of_a_group_takes_its_address_once(membership: Membership) -> None:
+    early = asyncio.create_task(membership.take_address("g"))
+    await membership.leave_address("another", "elsewhere:1", 1)
+    await membership.leave_address("g", "here:1", 2)
+    assert await early == await membership.take_address("g") == "here:1"
+    late = asyncio.create_task(membership.take_address("g"))
+    assert await membership.take_address("another") == "elsewhere:1"
+    assert not late.done()
+    late.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await late

@@ -1,0 +1,77 @@
+"""What every rank of a worker has: an engine, its KV memory, and the two ends of KV transfers over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from engine.calibration import load_calibration
+from engine.engine import Engine
+from engine.kv_cache import TORCH_DTYPES
+from engine.layout import kv_layout
+from engine.parallel import WHOLE, RankGroup
+from engine.weights import WeightFormats
+from kv_transfer.identity import WorkerIdentity
+from kv_transfer.memory import KVMemory
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+from segue.config import WorkerSettings
+from segue.errors import ConfigError
+from segue.models.config import ModelConfig
+from segue.models.store import model_revision
+
+_BOTH_TRANSPORTS = ("shm", "tcp")
+
+
+def load_engine(settings: WorkerSettings, group: RankGroup | None) -> tuple[Engine, KVMemory]:
+    """Of the worker, or of this rank of it. Raises ModelFileError or ConfigError."""
+    if settings.device != "cpu" and set(settings.roles) != {"prefill", "decode"}:
+        raise ConfigError("device: KV cannot be handed over from a GPU's memory yet; run cuda workers with --colocated")
+    config = ModelConfig.from_dir(settings.model_dir)
+    shard = WHOLE if group is None else group.shard
+    layout = kv_layout(config, settings.own_kv, model_revision(settings.model_dir), shard)
+    # The ranks share the worker's memory out, and have equally many blocks.
+    block_bytes = layout.block_bytes * layout.num_ranks
+    num_blocks = settings.kv_memory // block_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"kv_memory: {settings.kv_memory} bytes hold {num_blocks} blocks of {block_bytes} bytes; give it more"
+        )
+    memory = KVMemory.allocate(layout, num_blocks)
+    formats = WeightFormats(
+        TORCH_DTYPES[settings.dtype],
+        settings.own_quantization,
+        frozenset(settings.keep_float),
+        load_calibration(settings.model_dir) if settings.own_quantization != "none" else {},
+    )
+    engine = Engine.load(
+        settings.model_dir,
+        config,
+        layout,
+        num_blocks,
+        memory.buffer,
+        formats,
+        group,
+        threads=settings.threads or os.cpu_count() or 1,
+        device=settings.device,
+    )
+    return engine, memory
+
+
+@asynccontextmanager
+async def kv_ends(settings: WorkerSettings, memory: KVMemory, epoch: int) -> AsyncIterator[tuple[KVReceiver, KVSender]]:
+    """Both in every worker: prompts' KV goes to decode, and what decode has of a conversation goes back to prefill."""
+    name = f"{settings.worker_id}/{settings.rank}" if settings.rank else settings.worker_id
+    identity = WorkerIdentity(name, epoch, memory.layout.fingerprint())
+    transports = _BOTH_TRANSPORTS if settings.kv_transport == "auto" else (settings.kv_transport,)
+    async with KVReceiver(
+        identity,
+        memory,
+        host=settings.host,
+        transports=transports,
+        lease_ms=settings.ticket_lease_ms,
+        wire_dtype=settings.wire_dtype,
+    ) as receiver:
+        async with KVSender(identity, memory, transports=transports, local=receiver, wire_dtype=settings.wire_dtype) as sender:
+            yield receiver, sender
