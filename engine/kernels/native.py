@@ -82,7 +82,7 @@ class NativeLinear:
 
 @dataclass(frozen=True, slots=True)
 class NativeStep:
-    # ctypes array of _Piece, and its address: handing over the array itself makes each call half as slow again.
+    # ctypes array of _Piece, and its address: handing over the array itself costs each call 0.6 microseconds more.
     pieces: Any
     address: int
     num_pieces: int
