@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-import zmq.asyncio
+import zmq
 from torch._C._distributed_c10d import TCPStore
 
 from deploy.worker_parts import kv_ends, load_engine
@@ -77,7 +77,7 @@ class Meeting:
 @asynccontextmanager
 async def remote_ranks(meeting: Meeting) -> AsyncIterator[list[RemoteRank]]:
     """On rank 0: the ways to the other ranks. One that is lost ends the block with WorkerLost."""
-    context = zmq.asyncio.Context()
+    context = zmq.Context()
     try:
         numbers = range(1, meeting.group.shard.size)
         ranks = [RemoteRank(context, number, await meeting.word(_endpoint_of(number))) for number in numbers]

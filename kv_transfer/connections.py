@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import zmq
 from google.protobuf.message import DecodeError
-from zmq.utils.monitor import parse_monitor_message
 
 from kv_transfer.identity import WorkerIdentity, host_identity
 from kv_transfer.memory import KVMemory
@@ -23,7 +22,7 @@ from kv_transfer.plan import SourceRegions, TargetRegions, format_of, mismatch, 
 from kv_transfer.protocol import DIST, LOCAL, SHM, Failure, revoked_frame
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
-from kv_transfer.sockets import LOSS_EVENTS, AsyncSocket, connected_sender
+from kv_transfer.sockets import AsyncSocket, connected_sender, connection_loss
 from kv_transfer.transports import Payload, PushWriter, RegionSource, ShmWriter, TcpWriter, region_format
 from segue.errors import TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
@@ -287,10 +286,8 @@ class RemoteConnection(_Connection):
 
     async def _watch(self, monitor: AsyncSocket) -> None:
         """Raises TransferError when the connection is lost, or was never made."""
-        while True:
-            event = parse_monitor_message([part.bytes for part in await monitor.receive()])
-            if event["event"] & LOSS_EVENTS:
-                raise TransferError(f"the connection to {self._peer} at {self._endpoint} was lost")
+        await connection_loss(monitor)
+        raise TransferError(f"the connection to {self._peer} at {self._endpoint} was lost")
 
 
 async def _receive(socket: AsyncSocket, peer: str) -> pb.TransferFrame:

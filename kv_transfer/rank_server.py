@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-import zmq.asyncio
+import zmq
 from google.protobuf.message import DecodeError
 
 from kv_transfer.incoming import Incoming
@@ -46,26 +46,27 @@ class RankServer:
         return len(self._incoming) + len(self._opening) + len(self._pushes)
 
     async def __aenter__(self) -> Self:
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._socket, self.endpoint = await bind_receiver(self._context, self._host, 0)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._socket.close()
         self._context.destroy(linger=0)
 
     async def run(self) -> None:
         """Until cancelled. A defect in a request ends it, and with it the rank: rank 0 would wait for the answer for ever."""
         async with asyncio.TaskGroup() as group:
             while True:
-                peer, frame = await self._socket.recv_multipart()
+                peer, *parts = await self._socket.receive()
                 try:
-                    request = pb.RankRequest.FromString(frame)
+                    request = pb.RankRequest.FromString(parts[0].bytes if parts else b"")
                 except DecodeError:
                     logger.warning("a frame that is no request was dropped")
                     continue
-                self._take(peer, request, group)
+                self._take(peer.bytes, request, group)
 
     def _take(self, peer: bytes, request: pb.RankRequest, group: asyncio.TaskGroup) -> None:
         match request.WhichOneof("message"):
@@ -89,7 +90,7 @@ class RankServer:
         if request.request_id:
             # Rank 0 may be gone; whoever computes here notices.
             with suppress(zmq.ZMQError):
-                await self._socket.send_multipart([peer, answer.SerializeToString()])
+                await self._socket.send([peer, answer.SerializeToString()])
 
     async def _do(self, request: pb.RankRequest, answer: pb.RankAnswer) -> None:
         match request.WhichOneof("message"):

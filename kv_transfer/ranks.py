@@ -13,15 +13,14 @@ import itertools
 from collections.abc import Sequence
 from typing import NoReturn
 
-import zmq.asyncio
+import zmq
 from google.protobuf.message import DecodeError
-from zmq.utils.monitor import parse_monitor_message
 
 from kv_transfer.handover import IncomingPart, PushPart, Receiver, Sender
 from kv_transfer.incoming import Arrival
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
-from kv_transfer.sockets import LOSS_EVENTS, connected_sender
+from kv_transfer.sockets import AsyncSocket, connected_sender, connection_loss
 from segue.errors import TransferRefused, WorkerLost, error_from_code
 from segue.runtime import background
 from segue.v1 import ranks_pb2 as pb
@@ -31,7 +30,7 @@ from segue.v1.transfer_pb2 import Ticket
 class RemoteRank:
     """Rank 0's end of the way to another rank, whose RankServer listens at `endpoint`. Nothing is heard before it runs."""
 
-    def __init__(self, context: zmq.asyncio.Context, rank: int, endpoint: str) -> None:
+    def __init__(self, context: zmq.SyncContext, rank: int, endpoint: str) -> None:
         self._context = context
         self._rank = rank
         self._endpoint = endpoint
@@ -45,8 +44,7 @@ class RemoteRank:
         try:
             with connected_sender(self._context, self._endpoint) as (socket, monitor):
                 async with background(self._read(socket), self._write(socket)):
-                    while not parse_monitor_message(await monitor.recv_multipart())["event"] & LOSS_EVENTS:
-                        pass
+                    await connection_loss(monitor)
             raise self._lost()
         finally:
             self._is_lost = True
@@ -90,10 +88,10 @@ class RemoteRank:
     def tell(self, request: pb.RankRequest) -> None:
         self._outgoing.put_nowait(request)
 
-    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+    async def _read(self, socket: AsyncSocket) -> None:
         while True:
             try:
-                answer = pb.RankAnswer.FromString(await socket.recv())
+                answer = pb.RankAnswer.FromString((await socket.receive())[0].bytes)
             except DecodeError:
                 raise self._lost() from None
             waiting = self._answers.get(answer.request_id)
@@ -104,9 +102,9 @@ class RemoteRank:
             else:
                 waiting.set_result(answer)
 
-    async def _write(self, socket: zmq.asyncio.Socket) -> None:
+    async def _write(self, socket: AsyncSocket) -> None:
         while True:
-            await socket.send((await self._outgoing.get()).SerializeToString())
+            await socket.send([(await self._outgoing.get()).SerializeToString()])
 
     def _lost(self) -> WorkerLost:
         return WorkerLost(f"rank {self._rank} of this worker, at {self._endpoint}, is gone")

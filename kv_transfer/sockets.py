@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from kv_transfer.transports import MAX_FRAME_BYTES
 from segue.errors import ConfigError, TransferRefused
@@ -22,7 +23,7 @@ _MAX_CONTROL_BYTES = 2**16
 _LAST_WORDS_MS = 200
 # As plain numbers: arithmetic with the enums that they are takes longer than the calls they are for.
 _NOBLOCK, _POLLIN, _POLLOUT, _EVENTS = int(zmq.NOBLOCK), int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.EVENTS)
-LOSS_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_LOSS_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class AsyncSocket:
@@ -100,7 +101,7 @@ async def bind_receiver(context: zmq.SyncContext, host: str, region_bytes: int) 
 
 @contextmanager
 def connected_sender(context: zmq.SyncContext, endpoint: str) -> Iterator[tuple[AsyncSocket, AsyncSocket]]:
-    """A DEALER on its way to `endpoint`, and the socket that tells what becomes of its connection (LOSS_EVENTS).
+    """A DEALER on its way to `endpoint`, and the socket that tells what becomes of its connection (`connection_loss`).
 
     It never reconnects: a new connection would reach a receiver that does not know it, perhaps one of another epoch. Raises
     TransferRefused when `endpoint` is none.
@@ -113,7 +114,7 @@ def connected_sender(context: zmq.SyncContext, endpoint: str) -> Iterator[tuple[
     socket.setsockopt(zmq.SNDHWM, _QUEUED_MESSAGES)
     socket.setsockopt(zmq.MAXMSGSIZE, _MAX_CONTROL_BYTES)
     socket.setsockopt(zmq.IPV6, int(endpoint.startswith("tcp://[")))
-    connection, monitor = AsyncSocket(socket), AsyncSocket(socket.get_monitor_socket(LOSS_EVENTS))
+    connection, monitor = AsyncSocket(socket), AsyncSocket(socket.get_monitor_socket(_LOSS_EVENTS))
     try:
         socket.connect(endpoint)
         yield connection, monitor
@@ -123,6 +124,12 @@ def connected_sender(context: zmq.SyncContext, endpoint: str) -> Iterator[tuple[
         socket.disable_monitor()
         monitor.close()
         connection.close(_LAST_WORDS_MS)
+
+
+async def connection_loss(monitor: AsyncSocket) -> None:
+    """Returns when the monitored connection is lost, or could not be made."""
+    while not parse_monitor_message([part.bytes for part in await monitor.receive()])["event"] & _LOSS_EVENTS:
+        pass
 
 
 def _set_common(socket: zmq.SyncSocket) -> None:

@@ -55,8 +55,8 @@ class TwoRanks:
 
     @staticmethod
     @asynccontextmanager
-    async def _context() -> AsyncIterator[zmq.asyncio.Context]:
-        with zmq.asyncio.Context() as context:
+    async def _context() -> AsyncIterator[zmq.SyncContext]:
+        with zmq.Context() as context:
             yield context
 
 
