@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,14 +13,18 @@ from engine.kv_cache import TORCH_DTYPES
 from engine.layout import kv_layout
 from engine.parallel import WHOLE, RankGroup
 from engine.weights import WeightFormats
+from kv_transfer.faults import NO_FAULTS, Faults, InjectedFaults
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.memory import KVMemory
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
+from segue.chaos import Chaos, ChaosSpec
 from segue.config import WorkerSettings
 from segue.errors import ConfigError
 from segue.models.config import ModelConfig
 from segue.models.store import model_revision
+
+logger = logging.getLogger(__name__)
 
 _BOTH_TRANSPORTS = ("shm", "tcp")
 
@@ -65,6 +70,7 @@ async def kv_ends(settings: WorkerSettings, memory: KVMemory, epoch: int) -> Asy
     name = f"{settings.worker_id}/{settings.rank}" if settings.rank else settings.worker_id
     identity = WorkerIdentity(name, epoch, memory.layout.fingerprint())
     transports = _BOTH_TRANSPORTS if settings.kv_transport == "auto" else (settings.kv_transport,)
+    faults = _faults(settings, name)
     async with KVReceiver(
         identity,
         memory,
@@ -72,6 +78,17 @@ async def kv_ends(settings: WorkerSettings, memory: KVMemory, epoch: int) -> Asy
         transports=transports,
         lease_ms=settings.ticket_lease_ms,
         wire_dtype=settings.wire_dtype,
+        faults=faults,
     ) as receiver:
-        async with KVSender(identity, memory, transports=transports, local=receiver, wire_dtype=settings.wire_dtype) as sender:
+        async with KVSender(
+            identity, memory, transports=transports, local=receiver, wire_dtype=settings.wire_dtype, faults=faults
+        ) as sender:
             yield receiver, sender
+
+
+def _faults(settings: WorkerSettings, name: str) -> Faults:
+    """Those of one rank, which is a process of its own."""
+    if not settings.chaos:
+        return NO_FAULTS
+    logger.warning("chaos: %s", settings.chaos)
+    return InjectedFaults(Chaos(ChaosSpec.parse(settings.chaos), name, settings.roles))

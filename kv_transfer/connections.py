@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import zmq
 from google.protobuf.message import DecodeError
 
+from kv_transfer.faults import Faults, FrameSocket
 from kv_transfer.identity import WorkerIdentity, host_identity
 from kv_transfer.memory import KVMemory
 from kv_transfer.plan import SourceRegions, TargetRegions, format_of, mismatch, peer_layout
@@ -130,6 +131,7 @@ class RemoteConnection(_Connection):
         transports: Sequence[str],
         sender_id: int,
         wire_dtype: str,
+        faults: Faults,
     ) -> None:
         super().__init__("")
         self.epoch = ticket.decode_epoch
@@ -145,6 +147,7 @@ class RemoteConnection(_Connection):
         self._format = format_of(memory.layout, wire_dtype)
         # How the receiver stores KV, from its Welcome on; and over shared memory its cache itself.
         self._target_layout = memory.layout
+        self._faults = faults
         self._target: KVMemory | None = None
         # What payloads go by, other than frames.
         self._channel: Channel | None = None
@@ -173,7 +176,8 @@ class RemoteConnection(_Connection):
 
             return TensorSource(self._memory, form), DistWriter(form.region_bytes)
         source = SourceRegions(self._memory, form)
-        return source, ShmWriter(TargetRegions(self._target, form)) if self._target else TcpWriter(form.region_bytes)
+        writer = ShmWriter(TargetRegions(self._target, form)) if self._target else TcpWriter(form.region_bytes)
+        return source, self._faults.writer(writer)
 
     def start(self, after: RemoteConnection | None) -> None:
         """`after` is the connection that this one replaces."""
@@ -195,7 +199,8 @@ class RemoteConnection(_Connection):
         try:
             if after is not None:
                 await after.close()
-            with connected_sender(self._context, self._endpoint) as (socket, monitor):
+            with connected_sender(self._context, self._endpoint) as (dealer, monitor):
+                socket = self._faults.sending(dealer)
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._watch(monitor))
                     await self._shake_hands(socket)
@@ -215,7 +220,7 @@ class RemoteConnection(_Connection):
             if self._channel is not None:
                 self._channel.close()
 
-    async def _shake_hands(self, socket: AsyncSocket) -> None:
+    async def _shake_hands(self, socket: FrameSocket) -> None:
         """Agrees on a transport. When shared memory was agreed on and cannot be opened, asks again without it."""
         welcome = await self._greet(socket, self._transports)
         if welcome.transport == SHM:
@@ -233,7 +238,7 @@ class RemoteConnection(_Connection):
             self._channel = await Channel.join_as_sender(self._endpoint, welcome.rendezvous, device)
         self.transport = welcome.transport
 
-    async def _greet(self, socket: AsyncSocket, transports: Sequence[str]) -> pb.Welcome:
+    async def _greet(self, socket: FrameSocket, transports: Sequence[str]) -> pb.Welcome:
         identity = self._identity
         hello = pb.Hello(
             worker_id=identity.worker_id,
@@ -262,11 +267,11 @@ class RemoteConnection(_Connection):
         self._target_layout = peer_layout(self._memory.layout, welcome.format)
         return welcome
 
-    async def _read(self, socket: AsyncSocket) -> None:
+    async def _read(self, socket: FrameSocket) -> None:
         while True:
             self._deliver(await _receive(socket, self._peer))
 
-    async def _write(self, socket: AsyncSocket) -> None:
+    async def _write(self, socket: FrameSocket) -> None:
         while True:
             await self._has_outgoing.wait()
             while self._outgoing:
@@ -290,7 +295,7 @@ class RemoteConnection(_Connection):
         raise TransferError(f"the connection to {self._peer} at {self._endpoint} was lost")
 
 
-async def _receive(socket: AsyncSocket, peer: str) -> pb.TransferFrame:
+async def _receive(socket: FrameSocket, peer: str) -> pb.TransferFrame:
     parts = await socket.receive()
     try:
         return pb.TransferFrame.FromString(parts[0].bytes)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kv_transfer.faults import Faults
 from kv_transfer.protocol import LOCAL, Failure, Frames, ReceivePhase, ReceivingTicket
 from segue.errors import TransferRefused
 from segue.v1 import transfer_pb2 as pb
@@ -25,10 +26,13 @@ class Arrival:
 class Incoming:
     """`apply` is what the receiver wants to be told after each change of the ticket made here."""
 
-    def __init__(self, ticket: pb.Ticket, state: ReceivingTicket, apply: Callable[[Incoming, Frames], None]) -> None:
+    def __init__(
+        self, ticket: pb.Ticket, state: ReceivingTicket, apply: Callable[[Incoming, Frames], None], faults: Faults
+    ) -> None:
         self.ticket = ticket
         self.state = state
         self._apply = apply
+        self._faults = faults
         self._settled = asyncio.Event()
         self._fenced = asyncio.Event()
         self._taken_back = False
@@ -43,12 +47,15 @@ class Incoming:
         state = self.state
         if state.failure is not None:
             raise state.failure.error()
+        self._faults.step("arrived")
         blocks = state.source_blocks if state.transport == LOCAL else None
         return Arrival(state.first_token, state.num_bytes, blocks, state.transport)
 
     def accept(self) -> None:
         """Sends the receipt: the blocks are taken over. Raises TransferError when the ticket failed meanwhile."""
-        self._apply(self, self.state.accept())
+        receipt = self.state.accept()
+        self._faults.step("accepted")
+        self._apply(self, receipt)
 
     async def fence(self) -> None:
         """Takes the ticket back. Returns when nothing can write into its blocks any more; until then they are in quarantine.

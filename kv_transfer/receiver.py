@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Self
 import zmq
 from google.protobuf.message import DecodeError
 
+from kv_transfer.faults import NO_FAULTS, Faults
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.incoming import Arrival, Incoming
 from kv_transfer.memory import KVMemory
@@ -61,6 +62,7 @@ class KVReceiver:
         lease_ms: int = 10_000,
         wire_dtype: str = "",
         clock: Callable[[], float] = time.monotonic,
+        faults: Faults = NO_FAULTS,
     ) -> None:
         self._identity = identity
         self._memory = memory
@@ -69,6 +71,7 @@ class KVReceiver:
         self._lease_ms = lease_ms
         self._wire_dtype = wire_dtype
         self._clock = clock
+        self._faults = faults
         self._ticket_ids = itertools.count(1)
         self._tickets: dict[int, Incoming] = {}
         self._slots = asyncio.Semaphore(_MAX_UNCHECKED_PUSHES)
@@ -81,10 +84,11 @@ class KVReceiver:
         self._context = zmq.Context()
         try:
             longest = replace(self._memory.layout, dtype="float32").region_bytes
-            self._socket, self.endpoint = await bind_receiver(self._context, self._host, longest)
+            router, self.endpoint = await bind_receiver(self._context, self._host, longest)
         except ConfigError:
             self._context.destroy()
             raise
+        self._socket = self._faults.receiving(router)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-receive")
         rendezvous = None
         if DIST in self._transports:
@@ -159,7 +163,8 @@ class KVReceiver:
             writer_rank=writer_rank,
         )
         state = ReceivingTicket(ticket_id, self.layout.num_layers, len(block_ids), self._lease_ms / 1000, self._clock())
-        incoming = self._tickets[ticket_id] = Incoming(ticket, state, self._dispatch)
+        incoming = self._tickets[ticket_id] = Incoming(ticket, state, self._dispatch, self._faults)
+        self._faults.step("granted")
         return incoming
 
     # From sockets to tickets

@@ -17,6 +17,7 @@ from typing import Self
 import zmq
 
 from kv_transfer.connections import LocalConnection, RemoteConnection
+from kv_transfer.faults import NO_FAULTS, Faults
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.memory import KVMemory
 from kv_transfer.protocol import LOCAL
@@ -43,10 +44,12 @@ class KVSender:
         transports: tuple[str, ...] = ("shm", "tcp"),
         local: KVReceiver | None = None,
         wire_dtype: str = "",
+        faults: Faults = NO_FAULTS,
     ) -> None:
         self._identity = identity
         self._memory = memory
         self._transports = check_transports(transports)
+        self._faults = faults
         self._local = LocalConnection(local) if local is not None else None
         self._wire_dtype = wire_dtype
         self._sender_id = secrets.randbits(64)
@@ -112,7 +115,14 @@ class KVSender:
         if connection is None or connection.failure is not None or connection.epoch < ticket.decode_epoch:
             replaced = connection
             connection = RemoteConnection(
-                self._context, ticket, self._identity, self._memory, self._transports, self._sender_id, self._wire_dtype
+                self._context,
+                ticket,
+                self._identity,
+                self._memory,
+                self._transports,
+                self._sender_id,
+                self._wire_dtype,
+                self._faults,
             )
             connection.start(after=replaced)
             self._connections[ticket.endpoint] = connection

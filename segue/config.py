@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from segue.chaos import check_chaos
 from segue.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -118,6 +119,9 @@ class EngineSettings(Settings):
     max_batch: int = Field(64, ge=1, description="Sequences that one worker decodes at a time")
     kv_pull: bool = Field(True, description="Fetch what decode has of a conversation instead of computing it")
     kv_transport: KVTransport = Field("auto", description="How KV travels between workers")
+    chaos: Annotated[str, AfterValidator(check_chaos)] = Field(
+        "", description='Faults to inject, such as "seed=1,drop=0.01,kill=decode@push:3" (docs/chaos.md); none if not given'
+    )
 
     @property
     def weights(self) -> str:

@@ -15,7 +15,7 @@ from segue.config import ClusterSettings
 def _flag(name: str, *, shape: str = "", flag: str = "") -> Any:
     """The option for the setting `name`: it is None unless given, and the setting's own description is its help."""
     field = ClusterSettings.model_fields[name]
-    default = "" if field.default in (None, (), PydanticUndefined) else f" (default {field.default})"
+    default = "" if field.default in (None, (), "", PydanticUndefined) else f" (default {field.default})"
     return typer.Option(
         flag or f"--{name.replace('_', '-')}",
         help=f"{field.description or name.replace('_', ' ').capitalize()}{default}",
@@ -52,6 +52,7 @@ def up(
     max_batch: Annotated[int | None, _flag("max_batch", shape="N")] = None,
     kv_pull: Annotated[bool | None, _flag("kv_pull", flag="--kv-pull/--no-kv-pull")] = None,
     kv_transport: Annotated[str | None, _flag("kv_transport", shape="auto|shm|tcp|dist")] = None,
+    chaos: Annotated[str | None, _flag("chaos", shape="FAULTS")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.", show_default=False)] = None,
 ) -> None:
     """Start a cluster and keep it serving until Ctrl-C: router, prefill and decode workers under Ray, and the store that

@@ -94,6 +94,7 @@ OTHER_VALUES: dict[str, Any] = {
     "max_batch": 8,
     "kv_pull": False,
     "kv_transport": "tcp",
+    "chaos": "seed=1,drop=0.01",
 }
 
 
