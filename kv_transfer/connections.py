@@ -1,15 +1,17 @@
 """The way from a sender to one receiver: over a socket, or within the process.
 
 A remote one lives from its Hello to the first sign that the receiver is gone, and is never repaired: the next push makes a new
-one. Before that says Hello, every write of the old one has ended, as its Hello tells the receiver.
+one. Before that says Hello, every write of the old one has ended, as its Hello tells the receiver. Where the receiver waits for
+just that, as it does over shared memory, the old one says so itself, on a connection for nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from kv_transfer.faults import Faults, FrameSocket
 from kv_transfer.identity import WorkerIdentity, host_identity
-from kv_transfer.memory import KVMemory
+from kv_transfer.memory import KVMemory, is_open_at_owner
 from kv_transfer.plan import SourceRegions, TargetRegions, format_of, mismatch, peer_layout
 from kv_transfer.protocol import DIST, LOCAL, SHM, Failure, revoked_frame
 from kv_transfer.push import Push
@@ -31,8 +33,12 @@ from segue.v1 import transfer_pb2 as pb
 if TYPE_CHECKING:
     from kv_transfer.distributed import Channel
 
+logger = logging.getLogger(__name__)
+
 # How long the last words of a connection may take to leave.
 _CLOSE_TIMEOUT_S = 1.0
+# Between two tries to tell a receiver that writing has ended.
+_TELL_AGAIN_S = 0.5
 
 
 class _Connection(ABC):
@@ -131,6 +137,7 @@ class RemoteConnection(_Connection):
         transports: Sequence[str],
         sender_id: int,
         wire_dtype: str,
+        hello_numbers: Iterator[int],
         faults: Faults,
     ) -> None:
         super().__init__("")
@@ -145,10 +152,12 @@ class RemoteConnection(_Connection):
         self._transports = transports
         self._sender_id = sender_id
         self._format = format_of(memory.layout, wire_dtype)
-        # How the receiver stores KV, from its Welcome on; and over shared memory its cache itself.
-        self._target_layout = memory.layout
+        self._hello_numbers = hello_numbers
         self._faults = faults
+        # How the receiver stores KV, from its Welcome on; and over shared memory its cache itself, and how it named that.
+        self._target_layout = memory.layout
         self._target: KVMemory | None = None
+        self._segment = pb.SharedSegment()
         # What payloads go by, other than frames.
         self._channel: Channel | None = None
         self._outgoing: deque[tuple[pb.TransferFrame, Payload, Callable[[], bool] | None]] = deque()
@@ -219,12 +228,30 @@ class RemoteConnection(_Connection):
                 self._target.close()
             if self._channel is not None:
                 self._channel.close()
+        # Lost, not closed: who closes has said all that there is to say.
+        if self._target is not None:
+            await self._tell_that_writing_ended()
+
+    async def _tell_that_writing_ended(self) -> None:
+        """Until then the receiver keeps blocks in quarantine. Ends when it has heard, or is gone itself."""
+        while is_open_at_owner(self._segment):
+            try:
+                with connected_sender(self._context, self._endpoint) as (dealer, monitor):
+                    async with asyncio.TaskGroup() as group:
+                        watching = group.create_task(self._watch(monitor))
+                        await self._greet(self._faults.sending(dealer), (SHM,))
+                        watching.cancel()
+                return
+            except* TransferError as lost:
+                logger.info("%s was not told yet that writing has ended: %s", self._peer, lost.exceptions[0])
+            await asyncio.sleep(_TELL_AGAIN_S)
 
     async def _shake_hands(self, socket: FrameSocket) -> None:
         """Agrees on a transport. When shared memory was agreed on and cannot be opened, asks again without it."""
         welcome = await self._greet(socket, self._transports)
         if welcome.transport == SHM:
             try:
+                self._segment = welcome.segment
                 self._target = await asyncio.to_thread(KVMemory.open, self._target_layout, welcome.segment)
             except TransferError as error:
                 others = [name for name in self._transports if name != SHM]
@@ -248,6 +275,7 @@ class RemoteConnection(_Connection):
             transports=transports,
             sender_id=self._sender_id,
             format=self._format,
+            number=next(self._hello_numbers),
         )
         await socket.send([pb.TransferFrame(hello=hello).SerializeToString()])
         while not (frame := await _receive(socket, self._peer)).HasField("welcome"):

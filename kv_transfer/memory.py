@@ -74,13 +74,13 @@ class KVMemory:
     @classmethod
     def open(cls, layout: KVLayout, segment: pb.SharedSegment) -> Self:
         """The memory of another process, for writing. Raises TransferError when it cannot be opened or is something else."""
-        path = f"/proc/{segment.pid}/fd/{segment.fd}"
+        path = _path_of(segment)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise TransferError(f"cannot open the peer's KV memory: {error.strerror}") from None
         try:
-            if os.readlink(f"/proc/self/fd/{fd}") != f"/memfd:{segment.name} (deleted)":
+            if os.readlink(f"/proc/self/fd/{fd}") != _link_of(segment):
                 raise TransferError(f"{path} is not the peer's KV memory")
             expected = layout.block_bytes * segment.num_blocks
             if not expected == segment.num_bytes == os.fstat(fd).st_size:
@@ -161,3 +161,19 @@ class KVMemory:
                 return False
             raise
         return True
+
+
+def is_open_at_owner(segment: pb.SharedSegment) -> bool:
+    """Whether the process whose memory this is lives and has it open."""
+    try:
+        return os.readlink(_path_of(segment)) == _link_of(segment)
+    except OSError:
+        return False
+
+
+def _path_of(segment: pb.SharedSegment) -> str:
+    return f"/proc/{segment.pid}/fd/{segment.fd}"
+
+
+def _link_of(segment: pb.SharedSegment) -> str:
+    return f"/memfd:{segment.name} (deleted)"

@@ -9,6 +9,7 @@ await push.abandon("cancelled")                    at any moment instead
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -53,6 +54,7 @@ class KVSender:
         self._local = LocalConnection(local) if local is not None else None
         self._wire_dtype = wire_dtype
         self._sender_id = secrets.randbits(64)
+        self._hello_numbers = itertools.count(1)
         # By endpoint; at most one connection is alive for each.
         self._connections: dict[str, RemoteConnection] = {}
 
@@ -122,6 +124,7 @@ class KVSender:
                 self._transports,
                 self._sender_id,
                 self._wire_dtype,
+                self._hello_numbers,
                 self._faults,
             )
             connection.start(after=replaced)

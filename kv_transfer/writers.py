@@ -29,9 +29,10 @@ FrameSink = Callable[[pb.TransferFrame], None]
 
 @dataclass(eq=False, slots=True)
 class Writer:
-    """One connection. `watch` is there for shm alone."""
+    """One connection. `number` is that of its Hello; `watch` is there for shm alone."""
 
     sender_id: int
+    number: int
     transport: str
     post: FrameSink
     watch: ProcessWatch | None = None
@@ -75,7 +76,7 @@ class Writers:
         return self._connected.get(connection)
 
     def add_local(self, post: FrameSink) -> Writer:
-        return Writer(0, LOCAL, post)
+        return Writer(0, 0, LOCAL, post)
 
     def reader(self, writer: Writer, ticket: pb.Ticket) -> PushReader:
         """What takes the ticket's regions in when `writer` sends them."""
@@ -89,10 +90,10 @@ class Writers:
 
     def welcome(self, connection: bytes, hello: pb.Hello) -> list[Writer]:
         """Answers a Hello. Returns the writers that it says have stopped: the same sender's earlier ones."""
-        stopped = [writer for writer in self._lost if writer.sender_id == hello.sender_id]
-        stopped += [
-            writer for key, writer in self._connected.items() if key == connection or writer.sender_id == hello.sender_id
-        ]
+        same = [writer for writer in (*self._connected.values(), *self._lost) if writer.sender_id == hello.sender_id]
+        if any(writer.number > hello.number for writer in same):
+            return []  # it was overtaken: that writer may be writing
+        stopped = [*same, *(writer for key, writer in self._connected.items() if key == connection and writer not in same)]
         self._lost = [writer for writer in self._lost if writer not in stopped]
         self._connected = {key: writer for key, writer in self._connected.items() if writer not in stopped}
         for writer in stopped:
@@ -152,8 +153,8 @@ class Writers:
             self._post(connection, frame)
 
         if transport != SHM:
-            return Writer(hello.sender_id, transport, post)
-        writer = Writer(hello.sender_id, transport, post)
+            return Writer(hello.sender_id, hello.number, transport, post)
+        writer = Writer(hello.sender_id, hello.number, transport, post)
         try:
             writer.watch = ProcessWatch(hello.host.pid, hello.host.pid_start_time, lambda: self._process_ended(writer))
         except OSError:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17segue/v1/transfer.proto\x12\x08segue.v1\"\x89\x02\n\x06Ticket\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_epoch\x18\x03 \x01(\x04\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x05 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x06 \x01(\r\x12\x11\n\tblock_ids\x18\x07 \x03(\r\x12\x10\n\x08lease_ms\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x15\n\rfirst_kv_head\x18\n \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x0b \x01(\r\x12\x13\n\x0bwriter_rank\x18\x0c \x01(\r\"\xc2\x03\n\rTransferFrame\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.segue.v1.HelloH\x00\x12$\n\x07welcome\x18\x02 \x01(\x0b\x32\x11.segue.v1.WelcomeH\x00\x12\x1e\n\x04push\x18\x03 \x01(\x0b\x32\x0e.segue.v1.PushH\x00\x12\"\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x10.segue.v1.CommitH\x00\x12 \n\x05renew\x18\x05 \x01(\x0b\x32\x0f.segue.v1.RenewH\x00\x12$\n\x07\x61\x62\x61ndon\x18\x06 \x01(\x0b\x32\x11.segue.v1.AbandonH\x00\x12$\n\x07receipt\x18\x07 \x01(\x0b\x32\x11.segue.v1.ReceiptH\x00\x12\"\n\x06revoke\x18\x08 \x01(\x0b\x32\x10.segue.v1.RevokeH\x00\x12$\n\x07revoked\x18\t \x01(\x0b\x32\x11.segue.v1.RevokedH\x00\x12\x1e\n\x04open\x18\n \x01(\x0b\x32\x0e.segue.v1.OpenH\x00\x12\"\n\x06opened\x18\x0b \x01(\x0b\x32\x10.segue.v1.OpenedH\x00\x12\x1e\n\x04ping\x18\x0c \x01(\x0b\x32\x0e.segue.v1.PingH\x00\x42\t\n\x07message\"\xb6\x01\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\t\x12$\n\x04host\x18\x04 \x01(\x0b\x32\x16.segue.v1.HostIdentity\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x11\n\tsender_id\x18\x06 \x01(\x06\x12\"\n\x06\x66ormat\x18\x07 \x01(\x0b\x32\x12.segue.v1.KVFormat\"b\n\x08KVFormat\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x11\n\tnum_ranks\x18\x04 \x01(\r\x12\x12\n\nwire_dtype\x18\x05 \x01(\t\"[\n\x0cHostIdentity\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\rpid_namespace\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x16\n\x0epid_start_time\x18\x04 \x01(\x04\"\xc7\x01\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\ttransport\x18\x03 \x01(\t\x12(\n\x07segment\x18\x04 \x01(\x0b\x32\x17.segue.v1.SharedSegment\x12\x0f\n\x07refusal\x18\x05 \x01(\t\x12\"\n\x06\x66ormat\x18\x06 \x01(\x0b\x32\x12.segue.v1.KVFormat\x12(\n\nrendezvous\x18\x07 \x01(\x0b\x32\x14.segue.v1.Rendezvous\"(\n\nRendezvous\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\"]\n\rSharedSegment\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x0c\n\x04name\x18\x05 \x01(\t\"/\n\x04Open\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x64\x65\x63ode_epoch\x18\x02 \x01(\x04\"\x1b\n\x06Opened\x12\x11\n\tticket_id\x18\x01 \x01(\x04\"_\n\x04Push\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0f\n\x07indices\x18\x03 \x03(\r\x12\x11\n\tchecksums\x18\x04 \x03(\x06\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"G\n\x06\x43ommit\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\x15\n\rsource_blocks\x18\x03 \x03(\r\"\x1b\n\x05Renew\x12\x12\n\nticket_ids\x18\x01 \x03(\x04\",\n\x07\x41\x62\x61ndon\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"/\n\x07Receipt\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"9\n\x06Revoke\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\"\x1c\n\x07Revoked\x12\x11\n\tticket_id\x18\x01 \x01(\x04\"\x06\n\x04Pingb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17segue/v1/transfer.proto\x12\x08segue.v1\"\x89\x02\n\x06Ticket\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_epoch\x18\x03 \x01(\x04\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x05 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x06 \x01(\r\x12\x11\n\tblock_ids\x18\x07 \x03(\r\x12\x10\n\x08lease_ms\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x15\n\rfirst_kv_head\x18\n \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x0b \x01(\r\x12\x13\n\x0bwriter_rank\x18\x0c \x01(\r\"\xc2\x03\n\rTransferFrame\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.segue.v1.HelloH\x00\x12$\n\x07welcome\x18\x02 \x01(\x0b\x32\x11.segue.v1.WelcomeH\x00\x12\x1e\n\x04push\x18\x03 \x01(\x0b\x32\x0e.segue.v1.PushH\x00\x12\"\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x10.segue.v1.CommitH\x00\x12 \n\x05renew\x18\x05 \x01(\x0b\x32\x0f.segue.v1.RenewH\x00\x12$\n\x07\x61\x62\x61ndon\x18\x06 \x01(\x0b\x32\x11.segue.v1.AbandonH\x00\x12$\n\x07receipt\x18\x07 \x01(\x0b\x32\x11.segue.v1.ReceiptH\x00\x12\"\n\x06revoke\x18\x08 \x01(\x0b\x32\x10.segue.v1.RevokeH\x00\x12$\n\x07revoked\x18\t \x01(\x0b\x32\x11.segue.v1.RevokedH\x00\x12\x1e\n\x04open\x18\n \x01(\x0b\x32\x0e.segue.v1.OpenH\x00\x12\"\n\x06opened\x18\x0b \x01(\x0b\x32\x10.segue.v1.OpenedH\x00\x12\x1e\n\x04ping\x18\x0c \x01(\x0b\x32\x0e.segue.v1.PingH\x00\x42\t\n\x07message\"\xc6\x01\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1a\n\x12layout_fingerprint\x18\x03 \x01(\t\x12$\n\x04host\x18\x04 \x01(\x0b\x32\x16.segue.v1.HostIdentity\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x11\n\tsender_id\x18\x06 \x01(\x06\x12\"\n\x06\x66ormat\x18\x07 \x01(\x0b\x32\x12.segue.v1.KVFormat\x12\x0e\n\x06number\x18\x08 \x01(\x04\"b\n\x08KVFormat\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x11\n\tnum_ranks\x18\x04 \x01(\r\x12\x12\n\nwire_dtype\x18\x05 \x01(\t\"[\n\x0cHostIdentity\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x15\n\rpid_namespace\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x16\n\x0epid_start_time\x18\x04 \x01(\x04\"\xc7\x01\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\ttransport\x18\x03 \x01(\t\x12(\n\x07segment\x18\x04 \x01(\x0b\x32\x17.segue.v1.SharedSegment\x12\x0f\n\x07refusal\x18\x05 \x01(\t\x12\"\n\x06\x66ormat\x18\x06 \x01(\x0b\x32\x12.segue.v1.KVFormat\x12(\n\nrendezvous\x18\x07 \x01(\x0b\x32\x14.segue.v1.Rendezvous\"(\n\nRendezvous\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\"]\n\rSharedSegment\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x0c\n\x04name\x18\x05 \x01(\t\"/\n\x04Open\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x64\x65\x63ode_epoch\x18\x02 \x01(\x04\"\x1b\n\x06Opened\x12\x11\n\tticket_id\x18\x01 \x01(\x04\"_\n\x04Push\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0f\n\x07indices\x18\x03 \x03(\r\x12\x11\n\tchecksums\x18\x04 \x03(\x06\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"G\n\x06\x43ommit\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\x15\n\rsource_blocks\x18\x03 \x03(\r\"\x1b\n\x05Renew\x12\x12\n\nticket_ids\x18\x01 \x03(\x04\",\n\x07\x41\x62\x61ndon\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"/\n\x07Receipt\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"9\n\x06Revoke\x12\x11\n\tticket_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\"\x1c\n\x07Revoked\x12\x11\n\tticket_id\x18\x01 \x01(\x04\"\x06\n\x04Pingb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,35 +36,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRANSFERFRAME']._serialized_start=306
   _globals['_TRANSFERFRAME']._serialized_end=756
   _globals['_HELLO']._serialized_start=759
-  _globals['_HELLO']._serialized_end=941
-  _globals['_KVFORMAT']._serialized_start=943
-  _globals['_KVFORMAT']._serialized_end=1041
-  _globals['_HOSTIDENTITY']._serialized_start=1043
-  _globals['_HOSTIDENTITY']._serialized_end=1134
-  _globals['_WELCOME']._serialized_start=1137
-  _globals['_WELCOME']._serialized_end=1336
-  _globals['_RENDEZVOUS']._serialized_start=1338
-  _globals['_RENDEZVOUS']._serialized_end=1378
-  _globals['_SHAREDSEGMENT']._serialized_start=1380
-  _globals['_SHAREDSEGMENT']._serialized_end=1473
-  _globals['_OPEN']._serialized_start=1475
-  _globals['_OPEN']._serialized_end=1522
-  _globals['_OPENED']._serialized_start=1524
-  _globals['_OPENED']._serialized_end=1551
-  _globals['_PUSH']._serialized_start=1553
-  _globals['_PUSH']._serialized_end=1648
-  _globals['_COMMIT']._serialized_start=1650
-  _globals['_COMMIT']._serialized_end=1721
-  _globals['_RENEW']._serialized_start=1723
-  _globals['_RENEW']._serialized_end=1750
-  _globals['_ABANDON']._serialized_start=1752
-  _globals['_ABANDON']._serialized_end=1796
-  _globals['_RECEIPT']._serialized_start=1798
-  _globals['_RECEIPT']._serialized_end=1845
-  _globals['_REVOKE']._serialized_start=1847
-  _globals['_REVOKE']._serialized_end=1904
-  _globals['_REVOKED']._serialized_start=1906
-  _globals['_REVOKED']._serialized_end=1934
-  _globals['_PING']._serialized_start=1936
-  _globals['_PING']._serialized_end=1942
+  _globals['_HELLO']._serialized_end=957
+  _globals['_KVFORMAT']._serialized_start=959
+  _globals['_KVFORMAT']._serialized_end=1057
+  _globals['_HOSTIDENTITY']._serialized_start=1059
+  _globals['_HOSTIDENTITY']._serialized_end=1150
+  _globals['_WELCOME']._serialized_start=1153
+  _globals['_WELCOME']._serialized_end=1352
+  _globals['_RENDEZVOUS']._serialized_start=1354
+  _globals['_RENDEZVOUS']._serialized_end=1394
+  _globals['_SHAREDSEGMENT']._serialized_start=1396
+  _globals['_SHAREDSEGMENT']._serialized_end=1489
+  _globals['_OPEN']._serialized_start=1491
+  _globals['_OPEN']._serialized_end=1538
+  _globals['_OPENED']._serialized_start=1540
+  _globals['_OPENED']._serialized_end=1567
+  _globals['_PUSH']._serialized_start=1569
+  _globals['_PUSH']._serialized_end=1664
+  _globals['_COMMIT']._serialized_start=1666
+  _globals['_COMMIT']._serialized_end=1737
+  _globals['_RENEW']._serialized_start=1739
+  _globals['_RENEW']._serialized_end=1766
+  _globals['_ABANDON']._serialized_start=1768
+  _globals['_ABANDON']._serialized_end=1812
+  _globals['_RECEIPT']._serialized_start=1814
+  _globals['_RECEIPT']._serialized_end=1861
+  _globals['_REVOKE']._serialized_start=1863
+  _globals['_REVOKE']._serialized_end=1920
+  _globals['_REVOKED']._serialized_start=1922
+  _globals['_REVOKED']._serialized_end=1950
+  _globals['_PING']._serialized_start=1952
+  _globals['_PING']._serialized_end=1958
 # @@protoc_insertion_point(module_scope)

@@ -165,6 +165,7 @@ class Hello(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     SENDER_ID_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     layout_fingerprint: _builtins.str
@@ -173,6 +174,8 @@ class Hello(_message.Message):
     """Random, one for each sending object. A Hello on a new connection also says: of what this sender had under way on
     earlier connections to this receiver, nothing will be written any more.
     """
+    number: _builtins.int
+    """Grows with every Hello of the sender. One that a later one has overtaken, on another connection, says nothing."""
     @_builtins.property
     def host(self) -> Global___HostIdentity: ...
     @_builtins.property
@@ -191,10 +194,11 @@ class Hello(_message.Message):
         transports: _abc.Iterable[_builtins.str] | None = ...,
         sender_id: _builtins.int = ...,
         format: Global___KVFormat | None = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "host", b"host"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "format", b"format", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "sender_id", b"sender_id", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "format", b"format", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "number", b"number", "sender_id", b"sender_id", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

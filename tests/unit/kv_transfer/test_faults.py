@@ -66,6 +66,33 @@ async def transfer(pair: Any, receiver: Any, sender: Any, target: int, frame: st
     return ends[0]
 
 
+@pytest.mark.parametrize("fault", ["drop", "cut"])
+@pytest.mark.parametrize("frame", [*PREFILL_FRAMES, *DECODE_FRAMES])
+async def test_whatever_frame_is_lost_both_sides_end_and_serve_on(pair, transport, frame, fault):
+    chaos = OneFault(frame, fault)
+    receiver = await pair.receiver(lease_ms=LEASE_MS, faults=InjectedFaults(chaos))
+    sender = await pair.sender(transports=(transport,), faults=InjectedFaults(chaos))
+    await transfer(pair, receiver, sender, 3, frame)
+    await asyncio.wait_for(chaos.met.wait(), TIMEOUT_S)
+    pair.assert_untouched(except_blocks=[3])
+    # One transfer may still run into the end of the connection.
+    if await transfer(pair, receiver, sender, 9, "push") is not None:
+        assert await transfer(pair, receiver, sender, 9, "push") is None
+    pair.assert_equal([0], [9])
+
+
+async def test_a_sender_that_lost_its_connection_ends_the_quarantine_by_itself(pair):
+    """No further push has to come along: blocks would be withheld for as long as none does."""
+    receiver = await pair.receiver()
+    sender = await pair.sender(transports=("shm",), faults=InjectedFaults(OneFault("push", "cut")))
+    incoming = receiver.expect(0, [1])
+    push = await sender.open(incoming.ticket)
+    push.send(0, [0], range(1))
+    with pytest.raises(TransferError, match="cut"):
+        await asyncio.wait_for(push.commit(1), TIMEOUT_S)
+    await asyncio.wait_for(incoming.fence(), TIMEOUT_S)
+
+
 async def test_a_flipped_bit_is_noticed_and_nothing_but_the_target_is_touched(pair, transport):
     before = bytes(pair.source.buffer)
     receiver = await pair.receiver()

@@ -38,7 +38,7 @@ class RawPeer:
                 if frame.HasField(kind):
                     return getattr(frame, kind)
 
-    async def greet(self, transports: tuple[str, ...] = ("tcp",), sender_id: int = 77) -> pb.Welcome:
+    async def greet(self, transports: tuple[str, ...] = ("tcp",), sender_id: int = 77, number: int = 1) -> pb.Welcome:
         hello = pb.Hello(
             worker_id="raw",
             layout_fingerprint=self._fingerprint,
@@ -46,6 +46,7 @@ class RawPeer:
             transports=transports,
             sender_id=sender_id,
             format=FORMAT,
+            number=number,
         )
         await self.send(hello=hello)
         return await self.receive("welcome")
@@ -424,6 +425,24 @@ async def test_a_lost_writer_in_shared_memory_is_fenced_by_its_next_hello(pair):
         await peer.greet(("shm",), sender_id=6)
         assert not fencing.done()
         await peer.greet(("shm",), sender_id=5)
+        await asyncio.wait_for(fencing, TIMEOUT_S)
+
+
+async def test_a_hello_that_was_overtaken_does_not_stop_the_later_writer(pair):
+    """What a connection said before it broke may be read after the first words of the connection that replaced it."""
+    receiver = await pair.receiver()
+    incoming = receiver.expect(0, [1])
+    async with raw_peer(pair, receiver.endpoint) as late, raw_peer(pair, receiver.endpoint) as peer:
+        await late.greet(sender_id=9)
+        await peer.greet(("shm",), sender_id=5, number=2)
+        await peer.open(incoming.ticket)
+        fencing = asyncio.create_task(incoming.fence())
+        await peer.receive("revoke")
+        await late.send(hello=pb.Hello(sender_id=5, number=1, layout_fingerprint=pair.layout.fingerprint()))
+        await late.send(renew=pb.Renew(ticket_ids=[99]))
+        await late.receive("revoke")  # so the Hello before it was read
+        assert not fencing.done()
+        await peer.send(revoked=pb.Revoked(ticket_id=incoming.ticket.ticket_id))
         await asyncio.wait_for(fencing, TIMEOUT_S)
 
 
