@@ -1,0 +1,88 @@
+"""Requests whose right answers are known, for clusters in which things go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from deploy.valkey import Valkey
+from segue import AsyncClient, Completed, GenerateOptions, Output
+from segue.errors import SegueError
+from tests.support.cluster import in_process_cluster
+from tests.support.forked_cluster import Nursery, running_nursery
+from tests.support.tiny_model import make_tiny_model
+
+OPTIONS = GenerateOptions(max_tokens=8, temperature=0.0, ignore_eos=True)
+Prompt = tuple[int, ...]
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The one end of a request: its error, or none. It may have been left before."""
+
+    tokens: Tokens
+    error: SegueError | None
+    was_left: bool = False
+
+
+class Requests:
+    """Prompts in endless turn, more than the prefix caches hold, with the tokens that a cluster without faults answers."""
+
+    def __init__(self, short: dict[Prompt, Tokens], long: dict[Prompt, Tokens]) -> None:
+        self._expected = short | long
+        self.short: Iterator[Prompt] = cycle(short)
+        self.long: Iterator[Prompt] = cycle(long)
+
+    async def ask(self, client: AsyncClient, prompt: Prompt, leave_after_s: float | None = None) -> Ending:
+        """Sends a request and reads to its end. Fails on a wrong token, a second end, or an error that is no passing one."""
+        tokens: list[int] = []
+        completed = False
+        try:
+            async with asyncio.timeout(leave_after_s), client.stream(list(prompt), **OPTIONS) as stream:
+                async for event in stream:
+                    assert not completed, "nothing comes after the end"
+                    completed = isinstance(event, Completed)
+                    tokens += [token.token_id for token in event.tokens] if isinstance(event, Output) else []
+        except TimeoutError:
+            return Ending(tuple(tokens), None, was_left=True)
+        except SegueError as error:
+            ending = Ending(tuple(tokens), error)
+        else:
+            ending = Ending(tuple(tokens), None)
+        assert completed == (ending.error is None)
+        assert ending.error is None or ending.error.retryable, ending.error
+        expected = self._expected[prompt]
+        assert ending.tokens == (expected if completed else expected[: len(tokens)]), prompt
+        return ending
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+async def nursery() -> AsyncIterator[Nursery]:
+    async with running_nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="session")
+async def requests(valkey: Valkey, tiny_model_dir: Path) -> Requests:
+    chance = random.Random(11)
+    short = [tuple(chance.randrange(3, 259) for _ in range(chance.randrange(3, 60))) for _ in range(100)]
+    long = [tuple(chance.randrange(3, 259) for _ in range(chance.randrange(200, 400))) for _ in range(12)]
+    async with in_process_cluster(valkey.url, tiny_model_dir, colocated=True) as cluster:
+
+        async def answer(prompt: Prompt) -> Tokens:
+            return (await cluster.client.generate(list(prompt), **OPTIONS)).token_ids
+
+        answers = dict(zip([*short, *long], await asyncio.gather(*map(answer, [*short, *long])), strict=True))
+    return Requests({prompt: answers[prompt] for prompt in short}, {prompt: answers[prompt] for prompt in long})

@@ -1,0 +1,52 @@
+"""A worker dies at every step of a hand-over, on either side, over both real transports.
+
+In each round one worker of each role kills itself at an event of its own, beside one of each that lives through all rounds.
+Every request ends once, what it got is right, those that are left serve on, and in the end they hold nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+from deploy.valkey import Valkey
+from segue.chaos import FRAMES, STEPS
+from tests.chaos.conftest import Ending, Requests
+from tests.support.forked_cluster import ForkedCluster, Nursery, forked_cluster
+
+# So short that leases are renewed within a request.
+LEASE_MS = 300
+FRAME_EVENTS = [f"{moment}{frame}" for frame in FRAMES if frame != "ping" for moment in ("", "after-")]
+
+
+async def traffic(cluster: ForkedCluster, requests: Requests, chance: random.Random) -> list[Ending]:
+    """Some stay, some leave: of those a hand-over is revoked or abandoned."""
+    staying = [requests.ask(cluster.client, next(prompts)) for prompts in (requests.short, requests.short, requests.long)]
+    leaving = [requests.ask(cluster.client, next(requests.long), leave_after_s=chance.random() * 0.1) for _ in range(4)]
+    return await asyncio.gather(*staying, *leaving)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_crashes_at_every_step(
+    valkey: Valkey, tiny_model_dir: Path, nursery: Nursery, tmp_path: Path, requests: Requests, transport: str
+) -> None:
+    chance = random.Random(7)
+    settings = {"kv_transport": transport, "ticket_lease_ms": LEASE_MS}
+    async with forked_cluster(nursery, valkey.url, tiny_model_dir, tmp_path, **settings) as cluster:
+        await cluster.start("prefill-1")
+        await cluster.start("decode-1")
+        for prefill_event, decode_event in zip_longest(FRAME_EVENTS, [*FRAME_EVENTS, *STEPS]):
+            victims = {"decode-0": f"kill=decode@{decode_event}:1"}
+            if prefill_event is not None:
+                victims["prefill-0"] = f"kill=prefill@{prefill_event}:1"
+            await asyncio.gather(*(cluster.start(victim, chaos=chaos) for victim, chaos in victims.items()))
+            dying = asyncio.gather(*(cluster.until_gone(victim) for victim in victims))
+            while not dying.done():
+                await traffic(cluster, requests, chance)
+            await dying
+            errors = [ending.error for ending in await traffic(cluster, requests, chance)]
+            assert errors == [None] * len(errors), f"after {prefill_event} and {decode_event}"
