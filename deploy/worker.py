@@ -24,6 +24,8 @@ from engine.engine import Engine
 from kv_transfer.handover import Receiver, Sender
 from kv_transfer.memory import KVMemory
 from kv_transfer.ranks import RankedReceiver, RankedSender, RemoteRank
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
 from prefill_worker.service import PrefillService
 from segue.config import WorkerSettings
 from segue.membership import Membership, held_lease
@@ -85,6 +87,8 @@ class Worker:
     address: str = ""
     draining: bool = False
     active_legs: list[Leg] = field(default_factory=list)
+    # This process's own; further ranks have theirs.
+    kv_ends: list[KVReceiver | KVSender] = field(default_factory=list)
     servicer: WorkerLinkServicer | None = None
 
     @asynccontextmanager
@@ -96,6 +100,7 @@ class Worker:
             own_receiver, own_sender = await stack.enter_async_context(kv_ends(settings, self.memory, self.epoch))
             receiver: Receiver = RankedReceiver(own_receiver, self.ranks) if self.ranks else own_receiver
             sender: Sender = RankedSender(own_sender, self.ranks) if self.ranks else own_sender
+            self.kv_ends += [own_receiver, own_sender]
             if "decode" in settings.roles:
                 decode = DecodeService(
                     self.engine,
@@ -181,6 +186,7 @@ class Worker:
             cached_blocks=pool.num_cached,
             total_blocks=pool.num_total,
             block_size=self.engine.layout.block_size,
+            open_tickets=sum(end.num_open_tickets for end in self.kv_ends),
         )
         for leg in self.active_legs:
             leg.add_load(load)

@@ -55,6 +55,10 @@ class _Connection(ABC):
     @abstractmethod
     def post(self, frame: pb.TransferFrame, payload: Payload = (), is_wanted: Callable[[], bool] | None = None) -> None: ...
 
+    @property
+    def num_pushes(self) -> int:
+        return len(self._pushes)
+
     def attach(self, push: Push) -> None:
         self._pushes[push.ticket.ticket_id] = push
         self._has_pushes.set()

@@ -80,6 +80,11 @@ class KVReceiver:
         self.num_failed = 0
         self.num_bad_frames = 0
 
+    @property
+    def num_open_tickets(self) -> int:
+        """Given out and not over: what they name may still be written."""
+        return len(self._tickets)
+
     async def __aenter__(self) -> Self:
         self._context = zmq.Context()
         try:

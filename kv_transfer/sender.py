@@ -58,6 +58,12 @@ class KVSender:
         # By endpoint; at most one connection is alive for each.
         self._connections: dict[str, RemoteConnection] = {}
 
+    @property
+    def num_open_tickets(self) -> int:
+        """Opened and not over: what they name may still be read."""
+        connections = [*self._connections.values(), *([self._local] if self._local else [])]
+        return sum(connection.num_pushes for connection in connections)
+
     async def __aenter__(self) -> Self:
         self._context = zmq.Context()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-send")

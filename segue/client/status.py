@@ -40,6 +40,8 @@ class WorkerLoad:
     total_blocks: int
     # Tokens in one block.
     block_size: int
+    # Hand-overs, on either side, that are not over.
+    open_tickets: int
     # Sums since the worker started.
     prefilled_tokens: int
     decoded_tokens: int
