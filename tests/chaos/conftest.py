@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -18,7 +18,10 @@ from tests.support.cluster import in_process_cluster
 from tests.support.forked_cluster import Nursery, running_nursery
 from tests.support.tiny_model import make_tiny_model
 
-OPTIONS = GenerateOptions(max_tokens=8, temperature=0.0, ignore_eos=True)
+NUM_TOKENS = 8
+# So long that prefill, in the next turn, fetches what decode knows of the answer.
+NUM_TOKENS_IN_FIRST_TURN = 24
+OPTIONS = GenerateOptions(temperature=0.0, ignore_eos=True)
 Prompt = tuple[int, ...]
 Tokens = tuple[int, ...]
 
@@ -35,17 +38,25 @@ class Ending:
 class Requests:
     """Prompts in endless turn, more than the prefix caches hold, with the tokens that a cluster without faults answers."""
 
-    def __init__(self, short: dict[Prompt, Tokens], long: dict[Prompt, Tokens]) -> None:
-        self._expected = short | long
+    def __init__(self, short: Sequence[Prompt], long: Sequence[Prompt], expected: dict[Prompt, Tokens]) -> None:
+        self._expected = expected
         self.short: Iterator[Prompt] = cycle(short)
         self.long: Iterator[Prompt] = cycle(long)
 
-    async def ask(self, client: AsyncClient, prompt: Prompt, leave_after_s: float | None = None) -> Ending:
+    async def talk(self, client: AsyncClient) -> Ending:
+        """Two turns of a conversation, if the first ends well."""
+        prompt = next(self.short)
+        ending = await self.ask(client, prompt, num_tokens=NUM_TOKENS_IN_FIRST_TURN)
+        return ending if ending.error else await self.ask(client, next_turn(prompt, ending.tokens))
+
+    async def ask(
+        self, client: AsyncClient, prompt: Prompt, *, num_tokens: int = NUM_TOKENS, leave_after_s: float | None = None
+    ) -> Ending:
         """Sends a request and reads to its end. Fails on a wrong token, a second end, or an error that is no passing one."""
         tokens: list[int] = []
         completed = False
         try:
-            async with asyncio.timeout(leave_after_s), client.stream(list(prompt), **OPTIONS) as stream:
+            async with asyncio.timeout(leave_after_s), client.stream(list(prompt), max_tokens=num_tokens, **OPTIONS) as stream:
                 async for event in stream:
                     assert not completed, "nothing comes after the end"
                     completed = isinstance(event, Completed)
@@ -58,8 +69,7 @@ class Requests:
             ending = Ending(tuple(tokens), None)
         assert completed == (ending.error is None)
         assert ending.error is None or ending.error.retryable, ending.error
-        expected = self._expected[prompt]
-        assert ending.tokens == (expected if completed else expected[: len(tokens)]), prompt
+        assert ending.tokens == self._expected[prompt][: num_tokens if completed else len(tokens)], prompt
         return ending
 
 
@@ -77,12 +87,20 @@ async def nursery() -> AsyncIterator[Nursery]:
 @pytest.fixture(scope="session")
 async def requests(valkey: Valkey, tiny_model_dir: Path) -> Requests:
     chance = random.Random(11)
-    short = [tuple(chance.randrange(3, 259) for _ in range(chance.randrange(3, 60))) for _ in range(100)]
-    long = [tuple(chance.randrange(3, 259) for _ in range(chance.randrange(200, 400))) for _ in range(12)]
+    short = [tuple(chance.randrange(3, 259) for _ in range(chance.randrange(3, 60))) for _ in range(40)]
+    long = [tuple(chance.randrange(3, 259) for _ in range(chance.randrange(200, 400))) for _ in range(8)]
     async with in_process_cluster(valkey.url, tiny_model_dir, colocated=True) as cluster:
 
         async def answer(prompt: Prompt) -> Tokens:
-            return (await cluster.client.generate(list(prompt), **OPTIONS)).token_ids
+            return (await cluster.client.generate(list(prompt), max_tokens=NUM_TOKENS_IN_FIRST_TURN, **OPTIONS)).token_ids
 
-        answers = dict(zip([*short, *long], await asyncio.gather(*map(answer, [*short, *long])), strict=True))
-    return Requests({prompt: answers[prompt] for prompt in short}, {prompt: answers[prompt] for prompt in long})
+        async def answers(prompts: Sequence[Prompt]) -> dict[Prompt, Tokens]:
+            return dict(zip(prompts, await asyncio.gather(*map(answer, prompts)), strict=True))
+
+        expected = await answers([*short, *long])
+        expected |= await answers([next_turn(prompt, expected[prompt]) for prompt in short])
+    return Requests(short, long, expected)
+
+
+def next_turn(prompt: Prompt, answer: Tokens) -> Prompt:
+    return (*prompt, *answer, 7, 8, 9)
