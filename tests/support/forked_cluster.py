@@ -21,6 +21,8 @@ from segue.config import RouterSettings, WorkerSettings
 from tests.support.leaks import assert_no_leaks_at
 
 MODEL_NAME = "tiny"
+# For a worker to start, or to die of what it was told to.
+_LIMIT_S = 150.0
 _NURSERY = Path(__file__).with_name("nursery.py")
 
 
@@ -93,14 +95,14 @@ class ForkedCluster:
         loop, died, pidfd = asyncio.get_running_loop(), asyncio.Event(), self._pidfds[worker_id]
         loop.add_reader(pidfd, died.set)
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(_LIMIT_S):
                 await died.wait()
         finally:
             loop.remove_reader(pidfd)
 
     async def _until(self, holds: Callable[[dict[str, int]], bool]) -> None:
         """`holds` is asked of the ready workers' pids, by worker id."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(_LIMIT_S):
             while True:
                 workers = (await self.client.status()).workers
                 if holds({worker.worker_id: worker.pid for worker in workers if worker.state == "ready"}):
