@@ -17,8 +17,9 @@ from segue.chaos import FRAMES, STEPS
 from tests.chaos.conftest import Ending, Requests
 from tests.support.forked_cluster import ForkedCluster, Nursery, forked_cluster
 
-# So short that leases are renewed within a request.
-LEASE_MS = 300
+# Renewed after a third of it: within a request, if its frames wait.
+LEASE_MS = 900
+SLOW = "delay=300ms"
 EVENTS = [*(f"{moment}{frame}" for frame in FRAMES if frame != "ping" for moment in ("", "after-")), *STEPS]
 
 
@@ -41,7 +42,8 @@ async def test_crashes_at_every_step(
         await cluster.start("prefill-1")
         await cluster.start("decode-1")
         for event in EVENTS:
-            victims = {"prefill-0": f"kill=prefill@{event}:1", "decode-0": f"kill=decode@{event}:1"}
+            also = f",{SLOW}" if "renew" in event else ""
+            victims = {f"{role}-0": f"kill={role}@{event}:1{also}" for role in ("prefill", "decode")}
             await asyncio.gather(*(cluster.start(victim, chaos=chaos) for victim, chaos in victims.items()))
             dying = asyncio.gather(*(cluster.until_gone(victim) for victim in victims))
             while not dying.done():
