@@ -23,6 +23,7 @@ from engine.parallel import START_LIMIT, RankGroup, Shard
 from kv_transfer.rank_server import RankServer
 from kv_transfer.ranks import RemoteRank
 from segue.config import WorkerSettings
+from segue.errors import ConfigError
 from segue.membership import Membership
 from segue.models.config import ModelConfig
 from segue.runtime import background
@@ -37,10 +38,13 @@ class Meeting:
 
     @classmethod
     async def open(cls, settings: WorkerSettings, membership: Membership, epoch: int) -> Meeting:
-        """On rank 0. Raises ConfigError for a number of ranks that the model cannot have, WorkerLost when a rank does not come,
-        StoreUnavailable or ModelFileError."""
+        """On rank 0. Raises ConfigError for a number of ranks that the model cannot have and for a host that is not this one,
+        WorkerLost when a rank does not come, StoreUnavailable or ModelFileError."""
         ModelConfig.from_dir(settings.model_dir).check_tensor_parallel(settings.num_ranks, settings.num_ranks_field)
-        listener = socket.create_server((settings.host, 0))
+        try:
+            listener = socket.create_server((settings.host, 0))
+        except OSError as error:
+            raise ConfigError(f"host: cannot listen on {settings.host}: {error}; give an address of this machine") from None
         port = listener.getsockname()[1]
         store = TCPStore(
             settings.host,

@@ -58,7 +58,7 @@ class Engine:
         self.pool = pool
         self._decoder: Decoder | None = decoder
         self._group = group
-        forward: Forward = decoder.forward if decoder.kernels.device.type == "cpu" else _on_gpu(decoder)
+        forward: Forward = decoder.forward if decoder.kernels.device.type == "cpu" else _on_gpu(decoder, group)
         if group is not None and group.shard.rank == 0:
             forward = _on_all_ranks(forward, group)
         self._forward: Forward | None = forward
@@ -191,8 +191,9 @@ def _device_cache(device: str, layout: KVLayout, num_blocks: int) -> KVCache:
     return KVCache(torch.empty(num_blocks * layout.block_bytes, dtype=torch.uint8, device=device), layout, num_blocks)
 
 
-def _on_gpu(decoder: Decoder) -> Forward:
-    """Decode steps come from CUDA graphs; a layer is told of when its kernels are done and not when they are launched.
+def _on_gpu(decoder: Decoder, group: RankGroup | None) -> Forward:
+    """Decode steps of one rank alone come from CUDA graphs: several would have to record them in the same steps. A layer is
+    told of when its kernels are done and not when they are launched.
 
     Not run on hardware.
     """
@@ -200,11 +201,11 @@ def _on_gpu(decoder: Decoder) -> Forward:
 
     if not isinstance(decoder.kernels, TritonKernels):
         raise InternalError(f"no graphs for the kernels {decoder.kernels.name}")
-    graphs = GraphDecoder(decoder, decoder.kernels, _MAX_GRAPH_BATCH)
+    decode = GraphDecoder(decoder, decoder.kernels, _MAX_GRAPH_BATCH).forward if group is None else decoder.forward
 
     def forward(step: StepInputs, on_layer: OnLayer | None) -> torch.Tensor:
         if on_layer is None:
-            return graphs.forward(step)
+            return decode(step)
         tell = on_layer
 
         def when_done(layer: int) -> None:

@@ -21,9 +21,10 @@ from tests.integration.test_exact import make_prompts
 from tests.support.cluster import in_process_cluster
 from tests.support.tiny_model import make_tiny_model
 
-GREEDY = GenerateOptions(max_tokens=6, temperature=0.0, ignore_eos=True)
-SEEDED = GenerateOptions(max_tokens=6, temperature=1.3, top_p=0.95, seed=7, repetition_penalty=1.2, ignore_eos=True)
-PROMPTS = make_prompts()[4:]
+GREEDY = GenerateOptions(max_tokens=5, temperature=0.0, ignore_eos=True)
+SEEDED = GenerateOptions(max_tokens=5, temperature=1.3, top_p=0.95, seed=7, repetition_penalty=1.2, ignore_eos=True)
+# On and off block and chunk borders; the last begins like the one before it.
+PROMPTS = [make_prompts()[index] for index in (4, 7, 8, 11, 9, 12)]
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,17 @@ async def expected(valkey: Valkey, model_dir: Path) -> list[tuple[int, ...]]:
         return await answers(cluster.client)
 
 
-@pytest.mark.parametrize("decode_tp", [1, 2, 4])
-@pytest.mark.parametrize("prefill_tp", [1, 2, 4])
+DEGREES = (1, 2, 4)
+
+
+@pytest.mark.parametrize("decode_tp", DEGREES)
+@pytest.mark.parametrize("prefill_tp", DEGREES)
 async def test_any_ranks_to_any_ranks(
     valkey: Valkey, model_dir: Path, expected: list[tuple[int, ...]], prefill_tp: int, decode_tp: int
 ) -> None:
-    # Each combination with one transport and one pair of block sizes: all of them occur.
-    number = prefill_tp + decode_tp
-    further: dict[str, Any] = {"kv_transport": "tcp" if number % 3 else "shm", "decode_block_size": 8 if number % 2 else 4}
+    # Each degree on either side meets each transport; where they allow it, with blocks of another size as well.
+    transport = ("shm", "tcp", "dist")[(DEGREES.index(prefill_tp) + DEGREES.index(decode_tp)) % 3]
+    further: dict[str, Any] = {"kv_transport": transport, "decode_block_size": 4 if transport == "dist" else 8}
     async with in_process_cluster(valkey.url, model_dir, prefill_tp=prefill_tp, decode_tp=decode_tp, **further) as cluster:
         assert await answers(cluster.client) == expected
         assert all(not worker.load().failed_transfers for worker in cluster.workers)
@@ -64,8 +68,8 @@ async def test_other_ways_to_run_two_ranks(valkey: Valkey, model_dir: Path, opti
     found = []
     for num_ranks in (1, 2):
         async with in_process_cluster(valkey.url, model_dir, prefill_tp=num_ranks, decode_tp=num_ranks, **options) as cluster:
-            found.append(await answers(cluster.client))
-    assert found[0] == found[1]
+            found.append((await answers(cluster.client), [worker.engine.pool.num_total for worker in cluster.workers]))
+    assert found[0] == found[1], "tokens, and blocks in the same memory"
 
 
 async def test_a_conversation_comes_back_to_every_rank(
@@ -74,8 +78,8 @@ async def test_a_conversation_comes_back_to_every_rank(
     # On a busy machine tickets may take longer.
     monkeypatch.setattr("prefill_worker.service._TICKET_PATIENCE_S", 20.0)
     async with in_process_cluster(valkey.url, model_dir, prefill_tp=4, decode_tp=2) as cluster:
-        first = await cluster.client.generate(PROMPTS[5], max_tokens=30, temperature=0.0, ignore_eos=True)
-        said = [*PROMPTS[5], *first.token_ids, 9, 8, 7, 6, 5]
+        first = await cluster.client.generate(PROMPTS[4], max_tokens=30, temperature=0.0, ignore_eos=True)
+        said = [*PROMPTS[4], *first.token_ids, 9, 8, 7, 6, 5]
         second = await cluster.client.generate(said, **GREEDY)
         assert second.path.prefill_pulled_tokens > 0
     async with in_process_cluster(valkey.url, model_dir, colocated=True) as cluster:
