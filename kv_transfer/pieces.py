@@ -47,6 +47,8 @@ class Pieces:
 
     def cut(self, piece_bytes: int) -> Pieces:
         """The same memory in smaller pieces, of a size that divides this one's."""
+        if piece_bytes == self.piece_bytes:
+            return self
         inner = np.arange(0, self.piece_bytes, piece_bytes, dtype=np.int64)
         return Pieces((self.addresses[:, None] + inner).reshape(-1), piece_bytes, self.owner)
 
