@@ -56,8 +56,8 @@ void add_stripes(uint64_t* lanes, const uint8_t* source, uint8_t* target, int64_
 
 #if defined(__x86_64__)
 
-// Writes through the caches: over shared memory another core checks the bytes next, and finds them there. Writing past them
-// copies faster, but both together then take longer on a quiet machine.
+// Plain stores: those past the caches copy faster, but over shared memory another core checks the bytes next, and then has to
+// read memory. docs/transfer.md has the figures.
 template <bool copies>
 __attribute__((target("avx2"))) void add_stripes_avx2(uint64_t* lanes, const uint8_t* source, uint8_t* target, int64_t count,
                                                       const uint8_t* secret) {
