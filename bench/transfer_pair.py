@@ -23,7 +23,7 @@ from bench.transfer_cases import Case
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.memory import KVMemory
 from kv_transfer.pieces import Pieces, address_of, checksums
-from kv_transfer.receiver import KVReceiver
+from kv_transfer.receiver import Arrival, Incoming, KVReceiver
 from segue.errors import InternalError
 
 
@@ -59,10 +59,8 @@ class TransferPair:
         target = _bytes_of(self._target)
         target[:] = 0
         incoming = self._receiver.expect(0, self._blocks)
-        asked = asyncio.create_task(self._ask(transport, ticket=incoming.ticket.SerializeToString().hex()))
-        arrival = await incoming.arrival()
-        incoming.accept()
-        seconds = await asked
+        ticket = incoming.ticket.SerializeToString().hex()
+        seconds, arrival = await asyncio.gather(self._ask(transport, ticket=ticket), _taken_over(incoming))
         arrived = target.reshape(self._case.layout.num_layers, self._case.num_blocks, -1)[:, self._blocks]
         if arrival.transport != transport or not np.array_equal(arrived.reshape(-1), _bytes_of(self._source)):
             raise InternalError(f"{self._case.num_bytes} bytes over {arrival.transport} are not what was sent over {transport}")
@@ -102,6 +100,12 @@ class TransferPair:
                 raise InternalError("the writer closed its socket")
             received += count
         self._connection.sendall(b"!")
+
+
+async def _taken_over(incoming: Incoming) -> Arrival:
+    arrival = await incoming.arrival()
+    incoming.accept()
+    return arrival
 
 
 def _filled(stack: AsyncExitStack, case: Case) -> KVMemory:

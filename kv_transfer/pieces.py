@@ -47,6 +47,8 @@ class Pieces:
 
     def cut(self, piece_bytes: int) -> Pieces:
         """The same memory in smaller pieces, of a size that divides this one's."""
+        if piece_bytes == self.piece_bytes:
+            return self
         inner = np.arange(0, self.piece_bytes, piece_bytes, dtype=np.int64)
         return Pieces((self.addresses[:, None] + inner).reshape(-1), piece_bytes, self.owner)
 
@@ -106,9 +108,11 @@ def _memory_at(address: np.int64, num_bytes: int) -> npt.NDArray[np.uint8]:
 def _built_library() -> ctypes.CDLL | None:
     """The library that was built with this package; None where that was not possible."""
     spec = importlib.util.find_spec(LIBRARY_MODULE)
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
+    return None if spec is None or spec.origin is None else open_library(spec.origin)
+
+
+def open_library(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.segue_take_pieces.argtypes = (pointer, pointer, number, number, number, pointer)
     library.segue_take_pieces.restype = None

@@ -56,7 +56,8 @@ void add_stripes(uint64_t* lanes, const uint8_t* source, uint8_t* target, int64_
 
 #if defined(__x86_64__)
 
-// Writes past the caches, so that the target's lines are not read first. `target` is a multiple of 32.
+// Plain stores: those past the caches copy faster, but over shared memory another core checks the bytes next, and then has to
+// read memory. docs/transfer.md has the figures.
 template <bool copies>
 __attribute__((target("avx2"))) void add_stripes_avx2(uint64_t* lanes, const uint8_t* source, uint8_t* target, int64_t count,
                                                       const uint8_t* secret) {
@@ -70,7 +71,7 @@ __attribute__((target("avx2"))) void add_stripes_avx2(uint64_t* lanes, const uin
       const __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
       const __m256i swapped = _mm256_shuffle_epi32(data, _MM_SHUFFLE(1, 0, 3, 2));
       sums[i] = _mm256_add_epi64(sums[i], _mm256_add_epi64(product, swapped));
-      if constexpr (copies) _mm256_stream_si256(reinterpret_cast<__m256i*>(target) + i, data);
+      if constexpr (copies) _mm256_storeu_si256(reinterpret_cast<__m256i*>(target) + i, data);
     }
   }
   for (int i = 0; i < 2; ++i) _mm256_store_si256(stored + i, sums[i]);
@@ -78,13 +79,12 @@ __attribute__((target("avx2"))) void add_stripes_avx2(uint64_t* lanes, const uin
 
 #endif
 
-AddStripes* choose_add_stripes(const uint8_t* target) {
+AddStripes* choose_add_stripes(bool copies) {
 #if defined(__x86_64__)
   static const bool has_avx2 = __builtin_cpu_supports("avx2");
-  if (has_avx2 && target == nullptr) return add_stripes_avx2<false>;
-  if (has_avx2 && reinterpret_cast<uintptr_t>(target) % 32 == 0) return add_stripes_avx2<true>;
+  if (has_avx2) return copies ? add_stripes_avx2<true> : add_stripes_avx2<false>;
 #endif
-  return target == nullptr ? add_stripes<false> : add_stripes<true>;
+  return copies ? add_stripes<true> : add_stripes<false>;
 }
 
 // The checksum of one region, taken in from start to end.
@@ -142,12 +142,11 @@ class Checksum {
 // multiples of 64, a region has more than 240. Without `targets` (null) the sources are only read.
 extern "C" void segue_take_pieces(const uint8_t* const* sources, uint8_t* const* targets, int64_t num_pieces,
                                   int64_t piece_bytes, int64_t region_bytes, uint64_t* checksums) {
+  AddStripes* const add_stripes = choose_add_stripes(targets != nullptr);
   Checksum checksum(region_bytes);
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
-    uint8_t* const piece_target = targets == nullptr ? nullptr : targets[piece];
-    AddStripes* const add_stripes = choose_add_stripes(piece_target);
     for (int64_t done = 0; done < piece_bytes;) {
-      uint8_t* const target = targets == nullptr ? nullptr : piece_target + done;
+      uint8_t* const target = targets == nullptr ? nullptr : targets[piece] + done;
       done += kStripe * checksum.take(add_stripes, sources[piece] + done, target, (piece_bytes - done) / kStripe);
       if (checksum.is_complete()) {
         *checksums++ = checksum.value();
@@ -155,8 +154,4 @@ extern "C" void segue_take_pieces(const uint8_t* const* sources, uint8_t* const*
       }
     }
   }
-#if defined(__x86_64__)
-  // What was written past the caches is there for everybody before anybody is told.
-  _mm_sfence();
-#endif
 }

@@ -1,6 +1,9 @@
-"""Copying with checksums: the native way and the plain one against xxhash, for regions in pieces of every size."""
+"""Copying with checksums: both native ways and the plain one against xxhash, for regions in pieces of every size."""
 
 from __future__ import annotations
+
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +18,24 @@ from kv_transfer.pieces import Pieces
 PIECE_BYTES = st.sampled_from([1, 63, 64, 128, 192, 240, 241, 256, 320, 960, 1024, 1088, 2048, 2112, 12_672])
 
 
-@pytest.fixture(params=["native", "plain"], scope="module", autouse=True)
-def way(request):
+@pytest.fixture(params=["native", "native without AVX2", "plain"], scope="module", autouse=True)
+def way(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
             patch.setattr(pieces, "_built_library", lambda: None)
         elif pieces._built_library() is None:
             pytest.skip("no compiler was there when Segue was installed")
+        elif request.param == "native without AVX2":
+            library = pieces.open_library(str(build_without_avx2(tmp_path_factory.mktemp("library") / "pieces.so")))
+            patch.setattr(pieces, "_built_library", lambda: library)
         yield
+
+
+def build_without_avx2(library: Path) -> Path:
+    source = Path(pieces.__file__).parent / "csrc" / "pieces.cpp"
+    options = ("-std=c++20", "-O1", "-shared", "-fPIC", "-D__builtin_cpu_supports(name)=false")
+    subprocess.run(["g++", *options, str(source), "-o", str(library)], check=True)
+    return library
 
 
 def shuffled(memory: bytearray, num_pieces: int, piece_bytes: int, order: list[int]) -> list[memoryview]:
