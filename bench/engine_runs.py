@@ -17,6 +17,7 @@ import torch
 from bench.prompts import random_prompts
 from engine.calibration import ensure_calibrated, load_calibration
 from engine.engine import Engine
+from engine.kv_cache import KVCache
 from engine.layout import kv_layout
 from engine.sequence import Sequence
 from engine.step import Chunk
@@ -49,8 +50,8 @@ def loaded(model_dir: Path, config: ModelConfig, revision: str, settings: Engine
         ensure_calibrated(model_dir, lambda _message, _share: None)
         smoothing = dict(load_calibration(model_dir))
     formats = WeightFormats(getattr(torch, settings.dtype), settings.quantization, frozenset(settings.keep_float), smoothing)
-    memory = noise(num_blocks * layout.block_bytes)
-    with Engine.load(model_dir, config, layout, num_blocks, memory, formats, threads=settings.threads) as engine:
+    cache = KVCache.over(noise(num_blocks * layout.block_bytes), layout, num_blocks)
+    with Engine.load(model_dir, config, cache, formats, threads=settings.threads) as engine:
         yield EngineBench(engine, settings.max_prefill_tokens)
 
 

@@ -22,10 +22,10 @@ from deploy.ranks import Meeting, remote_ranks, run_rank
 from deploy.worker_parts import kv_ends, load_engine
 from engine.engine import Engine
 from kv_transfer.handover import Receiver, Sender
-from kv_transfer.memory import KVMemory
 from kv_transfer.ranks import RankedReceiver, RankedSender, RemoteRank
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
+from kv_transfer.tensors import Memory
 from prefill_worker.service import PrefillService
 from segue.config import WorkerSettings
 from segue.membership import Membership, held_lease
@@ -80,7 +80,7 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
 class Worker:
     settings: WorkerSettings
     engine: Engine
-    memory: KVMemory
+    memory: Memory
     # Those after the first, which this is.
     ranks: list[RemoteRank]
     epoch: int

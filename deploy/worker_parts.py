@@ -9,30 +9,29 @@ from contextlib import asynccontextmanager
 
 from engine.calibration import load_calibration
 from engine.engine import Engine
-from engine.kv_cache import TORCH_DTYPES
+from engine.kv_cache import TORCH_DTYPES, KVCache
 from engine.layout import kv_layout
 from engine.parallel import WHOLE, RankGroup
 from engine.weights import WeightFormats
 from kv_transfer.faults import NO_FAULTS, Faults, InjectedFaults
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.memory import KVMemory
+from kv_transfer.protocol import DIST, SHM, TCP
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
+from kv_transfer.tensors import DeviceMemory, Memory
 from segue.chaos import Chaos, ChaosSpec
 from segue.config import WorkerSettings
 from segue.errors import ConfigError
+from segue.kv_layout import KVLayout
 from segue.models.config import ModelConfig
 from segue.models.store import model_revision
 
 logger = logging.getLogger(__name__)
 
-_BOTH_TRANSPORTS = ("shm", "tcp")
 
-
-def load_engine(settings: WorkerSettings, group: RankGroup | None) -> tuple[Engine, KVMemory]:
+def load_engine(settings: WorkerSettings, group: RankGroup | None) -> tuple[Engine, Memory]:
     """Of the worker, or of this rank of it. Raises ModelFileError or ConfigError."""
-    if settings.device != "cpu" and set(settings.roles) != {"prefill", "decode"}:
-        raise ConfigError("device: KV cannot be handed over from a GPU's memory yet; run cuda workers with --colocated")
     config = ModelConfig.from_dir(settings.model_dir)
     shard = WHOLE if group is None else group.shard
     layout = kv_layout(config, settings.own_kv, model_revision(settings.model_dir), shard)
@@ -43,7 +42,7 @@ def load_engine(settings: WorkerSettings, group: RankGroup | None) -> tuple[Engi
         raise ConfigError(
             f"kv_memory: {settings.kv_memory} bytes hold {num_blocks} blocks of {block_bytes} bytes; give it more"
         )
-    memory = KVMemory.allocate(layout, num_blocks)
+    memory = _allocate(settings.device, layout, num_blocks)
     formats = WeightFormats(
         TORCH_DTYPES[settings.dtype],
         settings.own_quantization,
@@ -53,23 +52,26 @@ def load_engine(settings: WorkerSettings, group: RankGroup | None) -> tuple[Engi
     engine = Engine.load(
         settings.model_dir,
         config,
-        layout,
-        num_blocks,
-        memory.buffer,
+        KVCache(memory.tensor, layout, num_blocks),
         formats,
         group,
         threads=settings.threads or os.cpu_count() or 1,
-        device=settings.device,
     )
     return engine, memory
 
 
+def _allocate(device: str, layout: KVLayout, num_blocks: int) -> Memory:
+    return KVMemory.allocate(layout, num_blocks) if device == "cpu" else DeviceMemory.allocate(layout, num_blocks, device)
+
+
 @asynccontextmanager
-async def kv_ends(settings: WorkerSettings, memory: KVMemory, epoch: int) -> AsyncIterator[tuple[KVReceiver, KVSender]]:
+async def kv_ends(settings: WorkerSettings, memory: Memory, epoch: int) -> AsyncIterator[tuple[KVReceiver, KVSender]]:
     """Both in every worker: prompts' KV goes to decode, and what decode has of a conversation goes back to prefill."""
     name = f"{settings.worker_id}/{settings.rank}" if settings.rank else settings.worker_id
     identity = WorkerIdentity(name, epoch, memory.layout.fingerprint())
-    transports = _BOTH_TRANSPORTS if settings.kv_transport == "auto" else (settings.kv_transport,)
+    transports: tuple[str, ...] = (settings.kv_transport,)
+    if settings.kv_transport == "auto":
+        transports = (SHM, TCP) if settings.device == "cpu" else (DIST,)
     faults = _faults(settings, name)
     async with KVReceiver(
         identity,

@@ -21,7 +21,7 @@ import torch
 from engine.block_pool import BlockPool
 from engine.cuda_graphs import GraphDecoder
 from engine.kernels.choice import make_kernels
-from engine.kv_cache import KVCache, WritableBuffer
+from engine.kv_cache import KVCache
 from engine.model import Decoder
 from engine.parallel import WHOLE, RankGroup
 from engine.rotary import RotaryTable
@@ -70,31 +70,26 @@ class Engine:
         cls,
         model_dir: Path,
         config: ModelConfig,
-        layout: KVLayout,
-        num_blocks: int,
-        kv_buffer: WritableBuffer,
+        cache: KVCache,
         formats: WeightFormats,
         group: RankGroup | None = None,
         *,
         threads: int,
-        device: str = "cpu",
         kernels: str = "auto",
     ) -> Engine:
-        """`kv_buffer` is writable, holds num_blocks * layout.block_bytes bytes and outlives the engine; a GPU keeps its KV in
-        memory of its own instead. With `group`, this is one of its ranks, and `layout` that of the rank; the others
-        have as many blocks and the same formats.
+        """Computes on the device that `cache` lies on. With `group`, this is one of its ranks, and `cache` that of the rank;
+        the others have as many blocks and the same formats.
 
-        Raises ModelFileError for weights that are missing, damaged or do not fit `config`, and ConfigError for a device or
-        kernels that are not there.
+        Raises ModelFileError for weights that are missing, damaged or do not fit `config`, and ConfigError for kernels that are
+        not there.
         """
         if threads < 1:
             raise ConfigError(f"threads: must be at least 1, not {threads}")
         shard = WHOLE if group is None else group.shard
-        cache = KVCache.over(kv_buffer, layout, num_blocks) if device == "cpu" else _device_cache(device, layout, num_blocks)
         rotary = RotaryTable(config.rope, config.head_dim, config.max_context)
-        backend = make_kernels(shard.of(config), cache, rotary, threads=threads, device=device, kernels=kernels)
+        backend = make_kernels(shard.of(config), cache, rotary, threads=threads, device=cache.device.type, kernels=kernels)
         decoder = Decoder(load_weights(model_dir, config, formats, shard), backend, group)
-        return cls(config, layout, BlockPool(num_blocks), decoder, group, threads=threads)
+        return cls(config, cache.layout, BlockPool(cache.num_blocks), decoder, group, threads=threads)
 
     @property
     def decoder(self) -> Decoder:
@@ -181,14 +176,6 @@ def _on_all_ranks(forward: Forward, group: RankGroup) -> Forward:
             return forward(step, on_layer)
 
     return forward_together
-
-
-def _device_cache(device: str, layout: KVLayout, num_blocks: int) -> KVCache:
-    if device != "cuda":
-        raise ConfigError(f"device: must be cpu or cuda, not {device}")
-    if not torch.cuda.is_available():
-        raise ConfigError("device: torch finds no CUDA device; use cpu, or install a CUDA build of torch and the driver")
-    return KVCache(torch.empty(num_blocks * layout.block_bytes, dtype=torch.uint8, device=device), layout, num_blocks)
 
 
 def _on_gpu(decoder: Decoder, group: RankGroup | None) -> Forward:

@@ -22,6 +22,7 @@ class KVCache:
             raise InternalError(f"{num_blocks} KV blocks need {num_blocks * layout.block_bytes} bytes, not {memory.numel()}")
         self.layout = layout
         self.num_blocks = num_blocks
+        self.device = memory.device
         # For each layer [num_blocks, 2, num_kv_heads, slab_bytes] uint8
         self.layers = list(memory.view(layout.num_layers, num_blocks, 2, layout.num_kv_heads, layout.slab_bytes))
 

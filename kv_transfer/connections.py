@@ -26,6 +26,7 @@ from kv_transfer.protocol import DIST, LOCAL, SHM, Failure, revoked_frame
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sockets import AsyncSocket, connected_sender, connection_loss
+from kv_transfer.tensors import Memory, host_memory
 from kv_transfer.transports import Payload, PushWriter, RegionSource, ShmWriter, TcpWriter, region_format
 from segue.errors import TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
@@ -137,7 +138,7 @@ class RemoteConnection(_Connection):
         context: zmq.SyncContext,
         ticket: pb.Ticket,
         identity: WorkerIdentity,
-        memory: KVMemory,
+        memory: Memory,
         transports: Sequence[str],
         sender_id: int,
         wire_dtype: str,
@@ -188,7 +189,7 @@ class RemoteConnection(_Connection):
             from kv_transfer.distributed import DistWriter, TensorSource
 
             return TensorSource(self._memory, form), DistWriter(form.region_bytes)
-        source = SourceRegions(self._memory, form)
+        source = SourceRegions(host_memory(self._memory), form)
         writer = ShmWriter(TargetRegions(self._target, form)) if self._target else TcpWriter(form.region_bytes)
         return source, self._faults.writer(writer)
 

@@ -25,10 +25,10 @@ from google.protobuf.message import DecodeError
 from kv_transfer.faults import NO_FAULTS, Faults
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.incoming import Arrival, Incoming
-from kv_transfer.memory import KVMemory
 from kv_transfer.plan import shared_heads
 from kv_transfer.protocol import DIST, LOCAL, Failure, Frames, FreshRegion, ReceivingTicket, unknown_ticket
 from kv_transfer.sockets import bind_receiver
+from kv_transfer.tensors import Memory
 from kv_transfer.transports import MAX_PUSH_BYTES, Payload, check_transports
 from kv_transfer.writers import Writer, Writers
 from segue.errors import ChecksumMismatch, ConfigError, TransferError
@@ -55,7 +55,7 @@ class KVReceiver:
     def __init__(
         self,
         identity: WorkerIdentity,
-        memory: KVMemory,
+        memory: Memory,
         *,
         host: str,
         transports: tuple[str, ...] = ("shm", "tcp"),
@@ -67,7 +67,7 @@ class KVReceiver:
         self._identity = identity
         self._memory = memory
         self._host = host
-        self._transports = check_transports(transports)
+        self._transports = check_transports(transports, memory)
         self._lease_ms = lease_ms
         self._wire_dtype = wire_dtype
         self._clock = clock

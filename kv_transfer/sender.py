@@ -20,10 +20,10 @@ import zmq
 from kv_transfer.connections import LocalConnection, RemoteConnection
 from kv_transfer.faults import NO_FAULTS, Faults
 from kv_transfer.identity import WorkerIdentity
-from kv_transfer.memory import KVMemory
 from kv_transfer.protocol import LOCAL
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
+from kv_transfer.tensors import Memory
 from kv_transfer.transports import check_transports
 from segue.errors import TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
@@ -40,7 +40,7 @@ class KVSender:
     def __init__(
         self,
         identity: WorkerIdentity,
-        memory: KVMemory,
+        memory: Memory,
         *,
         transports: tuple[str, ...] = ("shm", "tcp"),
         local: KVReceiver | None = None,
@@ -49,7 +49,7 @@ class KVSender:
     ) -> None:
         self._identity = identity
         self._memory = memory
-        self._transports = check_transports(transports)
+        self._transports = check_transports(transports, memory)
         self._faults = faults
         self._local = LocalConnection(local) if local is not None else None
         self._wire_dtype = wire_dtype

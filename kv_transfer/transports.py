@@ -20,7 +20,7 @@ from kv_transfer.identity import same_host
 from kv_transfer.pieces import Pieces, checksums
 from kv_transfer.plan import RegionFormat, TargetRegions
 from kv_transfer.protocol import DIST, SHM, TCP, FreshRegion
-from kv_transfer.tensors import TensorMemory
+from kv_transfer.tensors import Memory, TensorMemory, host_memory
 from segue.errors import ConfigError
 from segue.kv_layout import KVLayout
 from segue.v1 import transfer_pb2 as pb
@@ -39,10 +39,12 @@ def choose_transport(hello: pb.Hello, host: pb.HostIdentity, accepted: Sequence[
     return next((name for name in hello.transports if name in possible and name in accepted), None)
 
 
-def check_transports(transports: Sequence[str]) -> tuple[str, ...]:
-    """Raises ConfigError for names that are no transports."""
+def check_transports(transports: Sequence[str], memory: Memory) -> tuple[str, ...]:
+    """Raises ConfigError for names that are no transports, and for those that cannot take KV out of `memory`."""
     if not transports or not {SHM, TCP, DIST}.issuperset(transports):
         raise ConfigError(f"kv_transport: {', '.join(transports) or 'none'} given; give some of shm, tcp, dist")
+    if set(transports) != {DIST}:
+        host_memory(memory)
     return tuple(transports)
 
 

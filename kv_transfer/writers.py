@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kv_transfer.identity import WorkerIdentity, host_identity
-from kv_transfer.memory import KVMemory
 from kv_transfer.plan import TargetRegions, format_of, mismatch
 from kv_transfer.process_watch import ProcessWatch
 from kv_transfer.protocol import DIST, LOCAL, SHM, TCP
+from kv_transfer.tensors import Memory, host_memory
 from kv_transfer.transports import PushReader, ShmReader, TcpReader, choose_transport, region_format
 from segue.v1 import transfer_pb2 as pb
 
@@ -53,7 +53,7 @@ class Writers:
     def __init__(
         self,
         identity: WorkerIdentity,
-        memory: KVMemory,
+        memory: Memory,
         transports: Sequence[str],
         post: Callable[[bytes, pb.TransferFrame], None],
         on_death: Callable[[Writer], None],
@@ -85,7 +85,7 @@ class Writers:
             from kv_transfer.distributed import DistReader, TensorTarget
 
             return DistReader(TensorTarget(self._memory, form))
-        target = TargetRegions(self._memory, form)
+        target = TargetRegions(host_memory(self._memory), form)
         return TcpReader(target) if writer.transport == TCP else ShmReader(target)
 
     def welcome(self, connection: bytes, hello: pb.Hello) -> list[Writer]:
@@ -140,7 +140,7 @@ class Writers:
         self._connected[connection] = writer
         welcome.transport = writer.transport
         if writer.transport == SHM:
-            welcome.segment.CopyFrom(self._memory.segment)
+            welcome.segment.CopyFrom(host_memory(self._memory).segment)
         if writer.transport == DIST and self._rendezvous is not None:
             writer.channel, meeting = self._rendezvous.invite(self._memory.tensor.device)
             welcome.rendezvous.CopyFrom(meeting)

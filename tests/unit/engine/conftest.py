@@ -96,10 +96,8 @@ class Checkpoint:
         layout = kv_layout(self.config, settings, "test")
         formats = WeightFormats(getattr(torch, settings.dtype), settings.quantization, frozenset(settings.keep_float))
         # Stale memory holds anything: no result may depend on it.
-        buffer = bytearray(b"\x42") * (num_blocks * layout.block_bytes)
-        with Engine.load(
-            self.directory, self.config, layout, num_blocks, buffer, formats, threads=threads, kernels=kernels
-        ) as engine:
+        cache = KVCache.over(bytearray(b"\x42") * (num_blocks * layout.block_bytes), layout, num_blocks)
+        with Engine.load(self.directory, self.config, cache, formats, threads=threads, kernels=kernels) as engine:
             yield EngineRunner(engine)
             engine.pool.check()
 
@@ -113,9 +111,9 @@ class Checkpoint:
         def load(rank: int) -> Engine:
             shard = Shard(rank, size)
             layout = kv_layout(self.config, settings, "test", shard)
-            memory = bytearray(b"\x42") * (num_blocks * layout.block_bytes)
-            arguments = (self.directory, self.config, layout, num_blocks, memory, formats, RankGroup(store, shard))
-            return Engine.load(*arguments, threads=1, kernels=kernels)
+            cache = KVCache.over(bytearray(b"\x42") * (num_blocks * layout.block_bytes), layout, num_blocks)
+            group = RankGroup(store, shard)
+            return Engine.load(self.directory, self.config, cache, formats, group, threads=1, kernels=kernels)
 
         with ThreadPoolExecutor(size) as threads:
             engines = list(threads.map(load, range(size)))

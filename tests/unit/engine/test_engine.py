@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
+from engine.kv_cache import KVCache
 from engine.layout import kv_layout
 from engine.step import Chunk
 from engine.weights import WeightFormats
@@ -141,7 +142,7 @@ async def test_a_closed_engine_lets_go_of_its_memory(checkpoint):
     model = checkpoint("llama")
     layout = kv_layout(model.config, EngineSettings(block_size=4), "test")
     memory = Memory(-1, 4 * layout.block_bytes)
-    engine = Engine.load(model.directory, model.config, layout, 4, memory, WeightFormats(), threads=1)
+    engine = Engine.load(model.directory, model.config, KVCache.over(memory, layout, 4), WeightFormats(), threads=1)
     memory_is_held = weakref.ref(memory)
     del memory
     assert memory_is_held()
@@ -161,8 +162,6 @@ def test_memory_and_options_that_do_not_fit_are_refused(checkpoint):
     layout = kv_layout(model.config, EngineSettings(block_size=4), "test")
     buffer = bytearray(4 * layout.block_bytes)
     with pytest.raises(InternalError, match="5 KV blocks need"):
-        Engine.load(model.directory, model.config, layout, 5, buffer, WeightFormats(), threads=1)
-    with pytest.raises(ConfigError, match="device"):
-        Engine.load(model.directory, model.config, layout, 4, buffer, WeightFormats(), threads=1, device="cuda")
+        KVCache.over(buffer, layout, 5)
     with pytest.raises(ConfigError, match="threads"):
-        Engine.load(model.directory, model.config, layout, 4, buffer, WeightFormats(), threads=0)
+        Engine.load(model.directory, model.config, KVCache.over(buffer, layout, 4), WeightFormats(), threads=0)

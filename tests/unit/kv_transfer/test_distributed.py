@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from kv_transfer.distributed import Channel, DistWriter, tensor_checksums
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.push import Push
+from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
+from kv_transfer.tensors import DeviceMemory
 from segue.errors import ChecksumMismatch, TransferError
 from segue.v1 import transfer_pb2 as pb
 
@@ -46,6 +48,26 @@ async def test_tickets_share_a_group(pair):
     for _ in range(3):
         await assert_serves(pair, receiver, sender)
     pair.assert_untouched([17, 4])
+
+
+async def test_memory_of_a_device_is_handed_over(pair):
+    """As a GPU's would be, whose place the host's takes here."""
+    source, target = (DeviceMemory.allocate(pair.layout, 8, "cpu") for _ in range(2))
+    source.tensor.copy_(torch.randint(0, 256, source.tensor.shape, dtype=torch.uint8))
+    target.tensor.zero_()
+    decode, prefill = (WorkerIdentity(name, 1, pair.layout.fingerprint()) for name in ("decode-0", "prefill-0"))
+    async with KVReceiver(decode, target, host="127.0.0.1", transports=("dist",)) as receiver:
+        async with KVSender(prefill, source, transports=("dist",)) as sender:
+            incoming = receiver.expect(0, [6, 1])
+            push = await sender.open(incoming.ticket)
+            send_all(pair, push, [2, 5])
+            committing = asyncio.create_task(push.commit(5))
+            await incoming.arrival()
+            incoming.accept()
+            await committing
+    sent, arrived = (memory.tensor.view(pair.layout.num_layers, 8, -1) for memory in (source, target))
+    assert torch.equal(arrived[:, [6, 1]], sent[:, [2, 5]])
+    assert not arrived[:, [0, 2, 3, 4, 5, 7]].any()
 
 
 async def test_damage_is_noticed_and_ends_its_ticket_alone(pair, monkeypatch):

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.identity import host_identity
+from kv_transfer.memory import KVMemory
 from kv_transfer.plan import contiguous_runs
+from kv_transfer.tensors import DeviceMemory
 from kv_transfer.transports import (
     MAX_PUSH_BLOCKS,
     MAX_PUSH_BYTES,
@@ -16,6 +18,7 @@ from kv_transfer.transports import (
     plan_parcels,
 )
 from segue.errors import ConfigError
+from segue.kv_layout import KVLayout
 from segue.v1 import transfer_pb2 as pb
 
 HERE = host_identity()
@@ -39,10 +42,21 @@ def test_transport_is_the_best_that_both_have(offered, accepted, host, chosen):
     assert choose_transport(pb.Hello(host=host, transports=offered), HERE, accepted) == chosen
 
 
+LAYOUT = KVLayout(1, 1, 4, 4, "float32", "r")
+
+
 @pytest.mark.parametrize("transports", [(), ("rdma",), ("tcp", "local")])
 def test_unknown_transports_are_refused(transports):
-    with pytest.raises(ConfigError, match="kv_transport"):
-        check_transports(transports)
+    with KVMemory.allocate(LAYOUT, 1) as memory, pytest.raises(ConfigError, match="kv_transport"):
+        check_transports(transports, memory)
+
+
+def test_what_only_its_own_process_can_reach_travels_by_dist_alone():
+    memory = DeviceMemory.allocate(LAYOUT, 2, "cpu")
+    assert check_transports(("dist",), memory) == ("dist",)
+    for transports in (("shm",), ("dist", "tcp")):
+        with pytest.raises(ConfigError, match="dist alone"):
+            check_transports(transports, memory)
 
 
 @settings(max_examples=60)
