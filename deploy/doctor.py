@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deploy.plan import can_listen
+from deploy.plan import can_listen, num_processes, worker_names
 from deploy.probe import ask
 from deploy.processes import usable_cores
 from deploy.router_process import reachable
@@ -92,9 +92,9 @@ def check_machine(settings: ClusterSettings) -> Iterator[Finding]:
     else:
         yield Finding("cores", "warn", "1", "prefill and decode will take turns; two cores let them run side by side")
     available = available_bytes(Path("/proc/meminfo").read_text())
-    workers = 1 if settings.colocated else settings.prefill + settings.decode
-    needed = _BASE_BYTES + workers * (_WORKER_BYTES + settings.kv_memory)
-    detail = f"{_gib(available)} available, about {_gib(needed)} needed for {workers} workers of a small model"
+    workers, processes = len(worker_names(settings)), num_processes(settings)
+    needed = _BASE_BYTES + processes * _WORKER_BYTES + workers * settings.kv_memory
+    detail = f"{_gib(available)} available, about {_gib(needed)} needed for {processes} worker processes with a small model"
     if available >= needed:
         yield Finding("memory", "ok", detail)
     else:

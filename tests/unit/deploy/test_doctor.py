@@ -76,6 +76,12 @@ def test_too_little_memory_is_a_warning() -> None:
     assert "--kv-memory" in memory.advice
 
 
+def test_every_rank_needs_memory() -> None:
+    settings = ClusterSettings(prefill=2, prefill_tp=2, decode_tp=4)
+    memory = {finding.check: finding for finding in doctor.check_machine(settings)}["memory"]
+    assert "8 worker processes" in memory.detail
+
+
 def test_available_memory_is_read_from_meminfo() -> None:
     assert doctor.available_bytes("MemTotal: 9 kB\nMemAvailable:    2048 kB\n") == 2 * 2**20
     assert doctor.available_bytes("") == 0
