@@ -21,8 +21,9 @@ from google.protobuf.message import DecodeError
 from kv_transfer.faults import Faults, FrameSocket
 from kv_transfer.identity import WorkerIdentity, host_identity
 from kv_transfer.memory import KVMemory, is_open_at_owner
+from kv_transfer.pairing import check_welcome
 from kv_transfer.plan import SourceRegions, TargetRegions, format_of, mismatch, peer_layout
-from kv_transfer.protocol import DIST, LOCAL, SHM, Failure, revoked_frame
+from kv_transfer.protocol import DIST, LOCAL, SHM, Failure, answer_without_push, named_ticket
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sockets import AsyncSocket, connected_sender, connection_loss
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_WELCOME_TIMEOUT_S = 5.0
 # How long the last words of a connection may take to leave.
 _CLOSE_TIMEOUT_S = 1.0
 # Between two tries to tell a receiver that writing has ended.
@@ -70,28 +72,21 @@ class _Connection(ABC):
             self._has_pushes.clear()
 
     def _deliver(self, frame: pb.TransferFrame) -> None:
-        match frame.WhichOneof("message"):
-            case "opened":
-                ticket_id = frame.opened.ticket_id
-            case "receipt":
-                ticket_id = frame.receipt.ticket_id
-            case "revoke":
-                ticket_id = frame.revoke.ticket_id
-            case _:
-                return
-        if (push := self._pushes.get(ticket_id)) is not None:
+        push = self._pushes.get(named_ticket(frame) or 0)
+        if push is not None:
             push.on_frame(frame)
-        elif frame.HasField("revoke"):
-            # The push has ended, so nothing of it is under way.
-            self.post(revoked_frame(ticket_id))
+        else:
+            for answer in answer_without_push(frame):
+                self.post(answer)
 
     async def _renew(self) -> None:
-        """Says, three times in each lease, which tickets are still worked on."""
+        """Says, three times in each lease, which tickets are still worked on, and asks again for what was not answered."""
         while True:
             await self._has_pushes.wait()
             await asyncio.sleep(min(push.ticket.lease_ms for push in self._pushes.values()) / 3000)
-            if self._pushes:
-                self.post(pb.TransferFrame(renew=pb.Renew(ticket_ids=list(self._pushes))))
+            for push in list(self._pushes.values()):
+                for frame in push.reminder():
+                    self.post(frame)
 
     async def _abandon_all(self, reason: str) -> None:
         for push in list(self._pushes.values()):
@@ -149,6 +144,9 @@ class RemoteConnection(_Connection):
         self.epoch = ticket.decode_epoch
         self.ready = asyncio.Event()
         self.failure: Failure | None = None
+        # Failed, and nothing of it is written any more.
+        self._has_stopped = False
+        self._is_closed = False
         self._context = context
         self._endpoint = ticket.endpoint
         self._peer = ticket.decode_worker_id
@@ -159,10 +157,11 @@ class RemoteConnection(_Connection):
         self._format = format_of(memory.layout, wire_dtype)
         self._hello_numbers = hello_numbers
         self._faults = faults
-        # How the receiver stores KV, from its Welcome on; and over shared memory its cache itself, and how it named that.
+        # How the receiver stores KV, from its Welcome on; and over shared memory its cache itself.
         self._target_layout = memory.layout
         self._target: KVMemory | None = None
-        self._segment = pb.SharedSegment()
+        # The memory of a receiver that has to be told when this connection is lost; empty when there is none.
+        self.untold_segment = pb.SharedSegment()
         # What payloads go by, other than frames.
         self._channel: Channel | None = None
         self._outgoing: deque[tuple[pb.TransferFrame, Payload, Callable[[], bool] | None]] = deque()
@@ -199,20 +198,26 @@ class RemoteConnection(_Connection):
 
     async def close(self) -> None:
         """Abandons what is open; returns when nothing of it will be written any more."""
+        self._is_closed = True
         if self.ready.is_set() and self.failure is None:
             await self._abandon_all("the connection was closed")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                     await self._has_none_outgoing.wait()
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            # The wait for the last writes of one that fails already must not be cut short: neither by a cancellation here, nor
+            # by one of this call, which gather would pass on.
+            if self.failure is None or self._has_stopped:
+                self._task.cancel()
+            await asyncio.wait([self._task])
 
     async def _run(self, after: RemoteConnection | None) -> None:
         failure = Failure(TransferError, f"the connection to {self._peer} was closed")
         try:
             if after is not None:
                 await after.close()
+                # What that one could not tell any more is for this one to tell.
+                self.untold_segment = after.untold_segment
             with connected_sender(self._context, self._endpoint) as (dealer, monitor):
                 socket = self._faults.sending(dealer)
                 async with asyncio.TaskGroup() as group:
@@ -229,24 +234,25 @@ class RemoteConnection(_Connection):
             self.ready.set()
             self._has_none_outgoing.set()
             await self._fail_all(failure)
+            self._has_stopped = True
             if self._target is not None:
                 self._target.close()
             if self._channel is not None:
                 self._channel.close()
         # Lost, not closed: who closes has said all that there is to say.
-        if self._target is not None:
-            await self._tell_that_writing_ended()
+        await self._tell_that_writing_ended()
 
     async def _tell_that_writing_ended(self) -> None:
         """Until then the receiver keeps blocks in quarantine. Ends when it has heard, or is gone itself."""
-        while is_open_at_owner(self._segment):
+        # A loss at the very moment of a cancellation hides it, so that closing needs a word of its own.
+        while not self._is_closed and is_open_at_owner(self.untold_segment):
             try:
                 with connected_sender(self._context, self._endpoint) as (dealer, monitor):
                     async with asyncio.TaskGroup() as group:
                         watching = group.create_task(self._watch(monitor))
                         await self._greet(self._faults.sending(dealer), (SHM,))
                         watching.cancel()
-                return
+                self.untold_segment = pb.SharedSegment()
             except* TransferError as lost:
                 logger.info("%s was not told yet that writing has ended: %s", self._peer, lost.exceptions[0])
             await asyncio.sleep(_TELL_AGAIN_S)
@@ -254,9 +260,9 @@ class RemoteConnection(_Connection):
     async def _shake_hands(self, socket: FrameSocket) -> None:
         """Agrees on a transport. When shared memory was agreed on and cannot be opened, asks again without it."""
         welcome = await self._greet(socket, self._transports)
+        self.untold_segment = welcome.segment
         if welcome.transport == SHM:
             try:
-                self._segment = welcome.segment
                 self._target = await asyncio.to_thread(KVMemory.open, self._target_layout, welcome.segment)
             except TransferError as error:
                 others = [name for name in self._transports if name != SHM]
@@ -283,18 +289,14 @@ class RemoteConnection(_Connection):
             number=next(self._hello_numbers),
         )
         await socket.send([pb.TransferFrame(hello=hello).SerializeToString()])
-        while not (frame := await _receive(socket, self._peer)).HasField("welcome"):
-            pass
+        try:
+            async with asyncio.timeout(_WELCOME_TIMEOUT_S):
+                while not (frame := await _receive(socket, self._peer)).HasField("welcome"):
+                    pass
+        except TimeoutError:
+            raise TransferError(f"{self._peer} did not answer a Hello within {_WELCOME_TIMEOUT_S:g} s") from None
         welcome = frame.welcome
-        if welcome.refusal:
-            raise TransferRefused(welcome.refusal)
-        if (welcome.worker_id, welcome.epoch) != (self._peer, self.epoch):
-            raise TransferRefused(
-                f"the ticket is of {self._peer}, epoch {self.epoch}; "
-                f"at {self._endpoint} is {welcome.worker_id}, epoch {welcome.epoch}"
-            )
-        if welcome.transport not in transports:
-            raise TransferRefused(f"{self._peer} chose the transport {welcome.transport!r}, which was not offered")
+        check_welcome(welcome, self._peer, self.epoch, transports)
         if problem := mismatch(self._format, welcome.format):
             raise TransferRefused(problem)
         self._target_layout = peer_layout(self._memory.layout, welcome.format)
@@ -302,7 +304,10 @@ class RemoteConnection(_Connection):
 
     async def _read(self, socket: FrameSocket) -> None:
         while True:
-            self._deliver(await _receive(socket, self._peer))
+            frame = await _receive(socket, self._peer)
+            if frame.welcome.refusal:
+                raise TransferError(f"{self._peer}: {frame.welcome.refusal}")
+            self._deliver(frame)
 
     async def _write(self, socket: FrameSocket) -> None:
         while True:

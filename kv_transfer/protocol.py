@@ -48,6 +48,26 @@ def unknown_ticket(ticket_id: int) -> pb.TransferFrame:
     return revoke_frame(ticket_id, Failure(TransferRefused, f"ticket {ticket_id} is not honoured here (any more)"))
 
 
+def named_ticket(frame: pb.TransferFrame) -> int | None:
+    """The ticket that a sender or a receiver speaks of; None for frames about none."""
+    kind = frame.WhichOneof("message")
+    return None if kind in {None, "hello", "welcome", "ping"} else getattr(frame, kind).ticket_id
+
+
+def answer_without_ticket(frame: pb.TransferFrame) -> Frames:
+    """The receiver's, where there is no such ticket (any more). Last words need none."""
+    match frame.WhichOneof("message"):
+        case "open" | "push" | "renew" | "commit" as kind:
+            return [unknown_ticket(getattr(frame, kind).ticket_id)]
+        case _:
+            return []
+
+
+def answer_without_push(frame: pb.TransferFrame) -> Frames:
+    """The sender's, where there is no such push (any more), so that no write of it can be under way."""
+    return [revoked_frame(frame.revoke.ticket_id)] if frame.HasField("revoke") else []
+
+
 class ReceivePhase(enum.Enum):
     GRANTED = "granted"
     OPEN = "open"
@@ -72,6 +92,7 @@ class ReceivingTicket:
     """The decode side of one ticket. A writer is whatever stands for one connection, compared by identity."""
 
     ticket_id: int
+    decode_epoch: int
     num_layers: int
     num_blocks: int
     lease_s: float
@@ -105,13 +126,32 @@ class ReceivingTicket:
     def num_bytes(self) -> int:
         return self.num_verified * self.region_bytes
 
-    def open(self, writer: object, transport: str, region_bytes: int, now_s: float) -> Frames:
-        if self.phase is not ReceivePhase.GRANTED and not (self.phase is ReceivePhase.OPEN and writer is self.writer):
+    def on_frame(self, writer: object, transport: str, region_bytes: int, frame: pb.TransferFrame, now_s: float) -> Frames:
+        """Whatever a writer says, except Push, which has bytes to check. `region_bytes` is what it calls a region's."""
+        match frame.WhichOneof("message"):
+            case "open":
+                return self.open(writer, transport, region_bytes, frame.open.decode_epoch, now_s)
+            case "renew":
+                return self.renew(writer, now_s)
+            case "commit":
+                return self.commit(writer, frame.commit, now_s)
+            case "abandon":
+                self.abandon(writer, frame.abandon.reason)
+            case "revoked":
+                self.revoked(writer)
+        return []
+
+    def open(self, writer: object, transport: str, region_bytes: int, decode_epoch: int, now_s: float) -> Frames:
+        if decode_epoch != self.decode_epoch:
             return [unknown_ticket(self.ticket_id)]
-        self.phase, self.writer, self.transport, self.heard_s = ReceivePhase.OPEN, writer, transport, now_s
-        self.region_bytes = region_bytes
-        # Over TCP the receiver writes, locally nobody does.
-        self.writer_active = transport == SHM
+        if self.phase is ReceivePhase.GRANTED:
+            self.phase, self.writer, self.transport = ReceivePhase.OPEN, writer, transport
+            self.region_bytes = region_bytes
+            # Over TCP the receiver writes, locally nobody does.
+            self.writer_active = transport == SHM
+        elif writer is not self.writer or self.phase is ReceivePhase.FAILED:
+            return [unknown_ticket(self.ticket_id)]
+        self.heard_s = now_s
         return [pb.TransferFrame(opened=pb.Opened(ticket_id=self.ticket_id))]
 
     def push(
@@ -119,8 +159,8 @@ class ReceivingTicket:
     ) -> tuple[list[FreshRegion], Frames]:
         """`payload_sizes` are the bytes of each frame that came along. Returns the regions that this push brought, for the
         caller to check (`verified` follows), and the frames to answer with."""
-        if not self._is_from_writer(writer, ReceivePhase.OPEN):
-            return [], self._unexpected(writer, "a push")
+        if writer is not self.writer or self.phase is not ReceivePhase.OPEN:
+            return [], self._unexpected_push(writer)
         self.heard_s = now_s
         # Plain lists: a field of a message makes each of its numbers anew whenever it is read.
         indices, checksums = list(push.indices), list(push.checksums)
@@ -150,8 +190,10 @@ class ReceivingTicket:
         return []
 
     def commit(self, writer: object, commit: pb.Commit, now_s: float) -> Frames:
-        if not self._is_from_writer(writer, ReceivePhase.OPEN):
-            return self._unexpected(writer, "a commit")
+        if writer is not self.writer or self.phase is ReceivePhase.FAILED:
+            return [unknown_ticket(self.ticket_id)]
+        if self.phase is not ReceivePhase.OPEN:
+            return []
         self.heard_s = now_s
         self.writer_active = False
         if missing := self.num_layers * self.num_blocks - sum(map(len, self.pushed)):
@@ -167,14 +209,13 @@ class ReceivingTicket:
         self.heard_s = now_s
         return []
 
-    def abandon(self, writer: object, reason: str) -> Frames:
+    def abandon(self, writer: object, reason: str) -> None:
         if writer is self.writer:
             self.writer_active = False
             # Once all bytes are ours they outlast their writer; but blocks handed over as they lie are its own until accepted.
             before_commit = self.phase is ReceivePhase.OPEN
             if before_commit or (self.transport == LOCAL and self.phase is ReceivePhase.ARRIVED):
                 self._fail(Failure(TransferError, f"the writer gave up: {reason}"))
-        return []
 
     def revoked(self, writer: object) -> None:
         if writer is self.writer and self.phase is ReceivePhase.FAILED:
@@ -196,6 +237,10 @@ class ReceivingTicket:
             return []
         return self._fail(Failure(LeaseExpired, f"nothing was heard of ticket {self.ticket_id} for {self.lease_s:g} s"))
 
+    def reminder(self) -> Frames:
+        """To be repeated until the writer has said its last word, as an answer may be lost."""
+        return [revoke_frame(self.ticket_id, self.failure)] if self.failure is not None and self.writer_active else []
+
     def accept(self) -> Frames:
         """Raises TransferError when the ticket failed meanwhile, ValueError when nothing arrived yet."""
         if self.failure is not None:
@@ -209,16 +254,13 @@ class ReceivingTicket:
         """The receiver takes its blocks back. Nothing happens to a ticket that is over."""
         return [] if self.phase in {ReceivePhase.ACCEPTED, ReceivePhase.FAILED} else self._fail(failure)
 
-    def _is_from_writer(self, writer: object, phase: ReceivePhase) -> bool:
-        return writer is self.writer and self.phase is phase
-
-    def _unexpected(self, writer: object, what: str) -> Frames:
+    def _unexpected_push(self, writer: object) -> Frames:
         """A stranger's frame leaves the ticket alone; the writer's own shows that the pair has lost its common thread."""
         if writer is not self.writer or self.phase is ReceivePhase.FAILED:
             return [unknown_ticket(self.ticket_id)]
         if self.phase is ReceivePhase.ACCEPTED:
             return []
-        return self._fail(Failure(TransferRefused, f"{what} for ticket {self.ticket_id}, which was committed already"))
+        return self._fail(Failure(TransferRefused, f"a push for ticket {self.ticket_id}, which was committed already"))
 
     def _problem(self, layer: int, indices: list[int], checksums: list[int], payload_sizes: Sequence[int]) -> str:
         expected_bytes = len(indices) * self.region_bytes if self.transport in {TCP, DIST} else 0
@@ -262,6 +304,8 @@ class SendingTicket:
     phase: SendPhase = SendPhase.OPENING
     failure: Failure | None = None
     num_bytes: int = 0
+    # What the receiver has not answered yet.
+    _unanswered: Frames = field(default_factory=list)
     # Owed to the receiver as soon as no write is under way.
     _owed: Frames = field(default_factory=list)
 
@@ -274,7 +318,24 @@ class SendingTicket:
         return self.phase in {SendPhase.COMPLETE, SendPhase.FAILED}
 
     def open(self) -> Frames:
-        return [pb.TransferFrame(open=pb.Open(ticket_id=self.ticket_id, decode_epoch=self.decode_epoch))]
+        self._unanswered = [pb.TransferFrame(open=pb.Open(ticket_id=self.ticket_id, decode_epoch=self.decode_epoch))]
+        return self._unanswered
+
+    def reminder(self) -> Frames:
+        """To be repeated as long as the push lives: keeps the lease, and asks again for what may have been lost."""
+        if self.phase is SendPhase.OPEN:
+            return [pb.TransferFrame(renew=pb.Renew(ticket_id=self.ticket_id))]
+        return [] if self.is_over else self._unanswered
+
+    def on_frame(self, frame: pb.TransferFrame) -> None:
+        """Whatever the receiver says of this ticket."""
+        match frame.WhichOneof("message"):
+            case "opened":
+                self.opened()
+            case "receipt":
+                self.receipt(frame.receipt.num_bytes)
+            case "revoke":
+                self.revoke(Failure.from_revoke(frame.revoke))
 
     def opened(self) -> None:
         if self.phase is SendPhase.OPENING:
@@ -293,7 +354,8 @@ class SendingTicket:
             return []
         self.phase = SendPhase.COMMITTING
         commit = pb.Commit(ticket_id=self.ticket_id, first_token=first_token, source_blocks=source_blocks)
-        return [pb.TransferFrame(commit=commit)]
+        self._unanswered = [pb.TransferFrame(commit=commit)]
+        return self._unanswered
 
     def receipt(self, num_bytes: int) -> None:
         if self.phase is SendPhase.COMMITTING:

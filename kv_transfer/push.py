@@ -12,7 +12,7 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Protocol
 
-from kv_transfer.protocol import LOCAL, Failure, SendingTicket, SendPhase
+from kv_transfer.protocol import LOCAL, Failure, Frames, SendingTicket, SendPhase
 from kv_transfer.transports import Parcel, Payload, PushWriter, RegionSource, plan_parcels
 from segue.errors import TransferError
 from segue.v1 import transfer_pb2 as pb
@@ -122,21 +122,21 @@ class Push:
             await asyncio.shield(self._begin_stop())
         return not was_over
 
+    def reminder(self) -> Frames:
+        """What to say again from time to time."""
+        return self._state.reminder()
+
     def on_frame(self, frame: pb.TransferFrame) -> None:
         """What the receiver says of this ticket."""
-        match frame.WhichOneof("message"):
-            case "opened":
-                self._state.opened()
-                self._opened.set()
-            case "receipt":
-                self._state.receipt(frame.receipt.num_bytes)
-                if self._state.phase is SendPhase.COMPLETE:
-                    self._over.set()
-                    self._connection.forget(self)
-            case "revoke":
-                self._state.revoke(Failure.from_revoke(frame.revoke))
-                self.revoked.set()
-                self._begin_stop()
+        self._state.on_frame(frame)
+        if frame.HasField("revoke"):
+            self.revoked.set()
+            self._begin_stop()
+        elif self._state.phase is SendPhase.COMPLETE:
+            self._over.set()
+            self._connection.forget(self)
+        elif frame.HasField("opened"):
+            self._opened.set()
 
     def fail(self, failure: Failure) -> None:
         """The receiver is gone, or cannot be served."""

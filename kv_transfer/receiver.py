@@ -26,7 +26,17 @@ from kv_transfer.faults import NO_FAULTS, Faults
 from kv_transfer.identity import WorkerIdentity
 from kv_transfer.incoming import Arrival, Incoming
 from kv_transfer.plan import shared_heads
-from kv_transfer.protocol import DIST, LOCAL, Failure, Frames, FreshRegion, ReceivingTicket, unknown_ticket
+from kv_transfer.protocol import (
+    DIST,
+    LOCAL,
+    Failure,
+    Frames,
+    FreshRegion,
+    ReceivingTicket,
+    answer_without_ticket,
+    named_ticket,
+    unknown_ticket,
+)
 from kv_transfer.sockets import bind_receiver
 from kv_transfer.tensors import Memory
 from kv_transfer.transports import MAX_PUSH_BYTES, Payload, check_transports
@@ -167,7 +177,14 @@ class KVReceiver:
             num_kv_heads=len(heads),
             writer_rank=writer_rank,
         )
-        state = ReceivingTicket(ticket_id, self.layout.num_layers, len(block_ids), self._lease_ms / 1000, self._clock())
+        state = ReceivingTicket(
+            ticket_id,
+            self._identity.epoch,
+            self.layout.num_layers,
+            len(block_ids),
+            self._lease_ms / 1000,
+            self._clock(),
+        )
         incoming = self._tickets[ticket_id] = Incoming(ticket, state, self._dispatch, self._faults)
         self._faults.step("granted")
         return incoming
@@ -190,13 +207,14 @@ class KVReceiver:
             for stopped in self._writers.welcome(connection, frame.hello):
                 self._writer_died(stopped)
             greeted = self._writers.get(connection)
-            if greeted is not None and greeted.channel is not None:
+            if greeted is not None and greeted is not writer and greeted.channel is not None:
                 task = asyncio.create_task(self._serve_channel(connection, greeted, greeted.channel))
                 self._channels.add(task)
                 task.add_done_callback(self._channels.discard)
         elif writer is None:
-            # Nobody that we know: a sender that we greeted in an earlier life, or no sender of ours at all.
+            # Nobody that we know (any more); a sender of ours makes a new connection when it hears that.
             self.num_bad_frames += 1
+            self._writers.refuse(connection)
         elif writer.channel is not None:
             try:
                 writer.inbox.put_nowait(frame)
@@ -233,46 +251,16 @@ class KVReceiver:
             self._slots.release()
 
     def _on_frame(self, writer: Writer, frame: pb.TransferFrame) -> None:
-        kind = frame.WhichOneof("message")
-        if kind == "open":
-            self._on_open(writer, frame.open)
-        elif kind == "renew":
-            for ticket_id in frame.renew.ticket_ids:
-                self._on_ticket(writer, ticket_id, lambda state: state.renew(writer, self._clock()))
-        elif kind == "commit":
-            commit = frame.commit
-            self._on_ticket(writer, commit.ticket_id, lambda state: state.commit(writer, commit, self._clock()))
-        elif kind == "abandon":
-            abandon = frame.abandon
-            self._on_ended(writer, abandon.ticket_id, lambda state: state.abandon(writer, abandon.reason))
-        elif kind == "revoked":
-            self._on_ended(writer, frame.revoked.ticket_id, lambda state: state.revoked(writer))
-        else:
-            self.num_bad_frames += 1
-
-    def _on_open(self, writer: Writer, open_frame: pb.Open) -> None:
-        incoming = self._tickets.get(open_frame.ticket_id)
-        is_local = writer.transport == LOCAL
-        fits = incoming is not None and (incoming.ticket.endpoint == f"{LOCAL}:") == is_local
-        if incoming is not None and fits and open_frame.decode_epoch == self._identity.epoch:
+        ticket_id = named_ticket(frame)
+        self.num_bad_frames += ticket_id is None
+        incoming = self._tickets.get(ticket_id or 0)
+        if incoming is not None and (incoming.ticket.endpoint == f"{LOCAL}:") == (writer.transport == LOCAL):
             region_bytes = self._writers.reader(writer, incoming.ticket).target.format.region_bytes
-            frames = incoming.state.open(writer, writer.transport, region_bytes, self._clock())
-            self._dispatch(incoming, frames, writer)
+            answers = incoming.state.on_frame(writer, writer.transport, region_bytes, frame, self._clock())
+            self._dispatch(incoming, answers, writer)
         else:
-            writer.post(unknown_ticket(open_frame.ticket_id))
-
-    def _on_ticket(self, writer: Writer, ticket_id: int, handle: Callable[[ReceivingTicket], Frames]) -> None:
-        incoming = self._tickets.get(ticket_id)
-        if incoming is None:
-            writer.post(unknown_ticket(ticket_id))
-        else:
-            self._dispatch(incoming, handle(incoming.state), writer)
-
-    def _on_ended(self, writer: Writer, ticket_id: int, handle: Callable[[ReceivingTicket], object]) -> None:
-        """Words that need no answer, as the writer has no more to do with the ticket."""
-        if (incoming := self._tickets.get(ticket_id)) is not None:
-            handle(incoming.state)
-            self._dispatch(incoming, [])
+            for answer in answer_without_ticket(frame):
+                writer.post(answer)
 
     def _on_push(self, writer: Writer, push: pb.Push, payload: Payload) -> bool:
         """Whether a check was started, which frees its slot when it ends."""
@@ -327,8 +315,9 @@ class KVReceiver:
             now_s = self._clock()
             # When this process was held up, words that came in time are still waiting to be read.
             was_held_up, last_s = now_s - last_s > 3 * interval_s, now_s
-            if not was_held_up:
-                for incoming in list(self._tickets.values()):
+            for incoming in list(self._tickets.values()):
+                self._dispatch(incoming, incoming.state.reminder())
+                if not was_held_up:
                     self._dispatch(incoming, incoming.state.expire(now_s))
             self._writers.tick({incoming.state.writer for incoming in self._tickets.values()})
 

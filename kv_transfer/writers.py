@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kv_transfer.identity import WorkerIdentity, host_identity
+from kv_transfer.pairing import Roster
 from kv_transfer.plan import TargetRegions, format_of, mismatch
 from kv_transfer.process_watch import ProcessWatch
 from kv_transfer.protocol import DIST, LOCAL, SHM, TCP
@@ -68,12 +69,10 @@ class Writers:
         self._format = format_of(memory.layout, wire_dtype)
         self._rendezvous = rendezvous
         self._host = host_identity()
-        self._connected: dict[bytes, Writer] = {}
-        # Without a connection, but perhaps alive.
-        self._lost: list[Writer] = []
+        self._roster = Roster[Writer]()
 
     def get(self, connection: bytes) -> Writer | None:
-        return self._connected.get(connection)
+        return self._roster.connected.get(connection)
 
     def add_local(self, post: FrameSink) -> Writer:
         return Writer(0, 0, LOCAL, post)
@@ -90,34 +89,34 @@ class Writers:
 
     def welcome(self, connection: bytes, hello: pb.Hello) -> list[Writer]:
         """Answers a Hello. Returns the writers that it says have stopped: the same sender's earlier ones."""
-        same = [writer for writer in (*self._connected.values(), *self._lost) if writer.sender_id == hello.sender_id]
-        if any(writer.number > hello.number for writer in same):
-            return []  # it was overtaken: that writer may be writing
-        stopped = [*same, *(writer for key, writer in self._connected.items() if key == connection and writer not in same)]
-        self._lost = [writer for writer in self._lost if writer not in stopped]
-        self._connected = {key: writer for key, writer in self._connected.items() if writer not in stopped}
+        stopped = self._roster.greet(connection, hello.sender_id, hello.number)
+        if stopped is None:
+            return []
         for writer in stopped:
             writer.close()
         self._post(connection, pb.TransferFrame(welcome=self._answer(connection, hello)))
         return stopped
 
+    def refuse(self, connection: bytes) -> None:
+        """Tells a connection that it has to be made anew."""
+        welcome = pb.Welcome(
+            worker_id=self._identity.worker_id, epoch=self._identity.epoch, refusal="this connection is not known (any more)"
+        )
+        self._post(connection, pb.TransferFrame(welcome=welcome))
+
     def lose(self, connection: bytes) -> Writer | None:
         """The connection is gone. Returns its writer, if it had one."""
-        writer = self._connected.pop(connection, None)
-        if writer is not None and writer.transport == SHM:
-            self._lost.append(writer)
-        return writer
+        return self._roster.lose(connection)
 
     def tick(self, busy: Container[object]) -> None:
         """Finds out which connections are gone, and forgets lost writers that have no ticket (are not among `busy`)."""
-        for connection in list(self._connected):
+        for connection in list(self._roster.connected):
             self._post(connection, pb.TransferFrame(ping=pb.Ping()))
-        for writer in [writer for writer in self._lost if writer not in busy]:
+        for writer in self._roster.forget_idle(busy):
             writer.close()
-            self._lost.remove(writer)
 
     def close(self) -> None:
-        for writer in [*self._connected.values(), *self._lost]:
+        for writer in [*self._roster.connected.values(), *self._roster.lost]:
             writer.close()
 
     def _answer(self, connection: bytes, hello: pb.Hello) -> pb.Welcome:
@@ -137,7 +136,7 @@ class Writers:
             offered, accepted = ", ".join(hello.transports) or "none", ", ".join(self._transports)
             welcome.refusal = f"no transport works between the two: {offered} offered, {accepted} accepted"
             return welcome
-        self._connected[connection] = writer
+        self._roster.add(connection, writer)
         welcome.transport = writer.transport
         if writer.transport == SHM:
             welcome.segment.CopyFrom(host_memory(self._memory).segment)
@@ -162,6 +161,5 @@ class Writers:
         return writer
 
     def _process_ended(self, writer: Writer) -> None:
-        self._lost = [lost for lost in self._lost if lost is not writer]
-        self._connected = {key: other for key, other in self._connected.items() if other is not writer}
+        self._roster.remove(writer)
         self._on_death(writer)

@@ -493,21 +493,20 @@ Global___Commit: _TypeAlias = Commit  # noqa: Y015
 
 @_typing.final
 class Renew(_message.Message):
-    """prefill → decode: these tickets are still being worked on."""
+    """prefill → decode: this ticket is still being worked on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TICKET_IDS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def ticket_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    TICKET_ID_FIELD_NUMBER: _builtins.int
+    ticket_id: _builtins.int
     def __init__(
         self,
         *,
-        ticket_ids: _abc.Iterable[_builtins.int] | None = ...,
+        ticket_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket_ids", b"ticket_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,13 +10,14 @@ from segue.v1 import transfer_pb2 as pb
 
 WRITER, STRANGER = object(), object()
 REGION_BYTES = 8
+EPOCH = 3
 
 
 def receiving(transport: str | None = "shm", num_blocks: int = 2) -> ReceivingTicket:
     """A ticket of two layers, open for WRITER unless `transport` is None."""
-    ticket = ReceivingTicket(1, num_layers=2, num_blocks=num_blocks, lease_s=10.0, heard_s=0.0)
+    ticket = ReceivingTicket(1, EPOCH, num_layers=2, num_blocks=num_blocks, lease_s=10.0, heard_s=0.0)
     if transport is not None:
-        assert kinds(ticket.open(WRITER, transport, REGION_BYTES, 0.0)) == ["opened"]
+        assert kinds(ticket.open(WRITER, transport, REGION_BYTES, EPOCH, 0.0)) == ["opened"]
     return ticket
 
 
@@ -108,7 +109,7 @@ def test_the_same_push_twice_changes_nothing_but_other_bytes_do():
 def test_strangers_change_nothing():
     ticket = receiving()
     push_all(ticket)
-    assert kinds(ticket.open(STRANGER, "shm", REGION_BYTES, 5.0)) == ["revoke"]
+    assert kinds(ticket.open(STRANGER, "shm", REGION_BYTES, EPOCH, 5.0)) == ["revoke"]
     assert kinds(ticket.push(STRANGER, push(), [], 5.0)[1]) == ["revoke"]
     assert kinds(ticket.commit(STRANGER, pb.Commit(ticket_id=1), 5.0)) == ["revoke"]
     assert kinds(ticket.renew(STRANGER, 5.0)) == ["revoke"]
@@ -122,7 +123,7 @@ def test_an_unopened_ticket_is_fenced_at_once():
     ticket = receiving(None)
     assert kinds(ticket.revoke(Failure(TransferRefused, "taken back"))) == ["revoke"]
     assert ticket.is_fenced
-    assert kinds(ticket.open(WRITER, "shm", REGION_BYTES, 0.0)) == ["revoke"]
+    assert kinds(ticket.open(WRITER, "shm", REGION_BYTES, EPOCH, 0.0)) == ["revoke"]
     assert ticket.is_fenced
 
 
@@ -205,7 +206,7 @@ def test_nothing_can_be_accepted_before_it_arrived():
 
 
 def test_the_sender_answers_a_revoke_only_when_its_writes_have_stopped():
-    ticket = SendingTicket(1, decode_epoch=3)
+    ticket = SendingTicket(1, EPOCH)
     assert kinds(ticket.open()) == ["open"]
     assert not ticket.may_write
     ticket.opened()
@@ -221,7 +222,7 @@ def test_the_sender_answers_a_revoke_only_when_its_writes_have_stopped():
 
 
 def test_a_revoke_that_crosses_an_abandon_is_answered_too():
-    ticket = SendingTicket(1, decode_epoch=3)
+    ticket = SendingTicket(1, EPOCH)
     ticket.opened()
     ticket.abandon("cancelled")
     ticket.revoke(Failure(TransferRefused, "taken back"))
@@ -231,7 +232,7 @@ def test_a_revoke_that_crosses_an_abandon_is_answered_too():
 
 
 def test_a_receipt_counts_after_commit_alone():
-    ticket = SendingTicket(1, decode_epoch=3)
+    ticket = SendingTicket(1, EPOCH)
     ticket.opened()
     ticket.receipt(7)
     assert ticket.phase is SendPhase.OPEN
@@ -241,6 +242,41 @@ def test_a_receipt_counts_after_commit_alone():
     ticket.opened()
     ticket.fail(Failure(TransferError, "lost"))
     assert ticket.phase is SendPhase.COMPLETE
+
+
+def test_what_is_not_answered_is_said_again():
+    sender = SendingTicket(1, EPOCH)
+    sender.open()
+    assert kinds(sender.reminder()) == ["open"]
+    sender.opened()
+    assert kinds(sender.reminder()) == ["renew"]
+    sender.commit(5, [])
+    assert kinds(sender.reminder()) == ["commit"]
+    sender.receipt(7)
+    assert sender.reminder() == []
+
+    receiver = receiving("shm")
+    assert receiver.reminder() == []
+    receiver.revoke(Failure(TransferRefused, "taken back"))
+    assert kinds(receiver.reminder()) == ["revoke"]
+    receiver.revoked(WRITER)
+    assert receiver.reminder() == []
+
+
+def test_what_is_said_twice_changes_nothing():
+    ticket = receiving()
+    push_all(ticket)
+    ticket.verified(4, None)
+    assert ticket.commit(WRITER, pb.Commit(ticket_id=1, first_token=9), 0.0) == []
+    assert ticket.commit(WRITER, pb.Commit(ticket_id=1, first_token=9), 0.0) == []
+    assert kinds(ticket.open(WRITER, "shm", REGION_BYTES, EPOCH, 0.0)) == ["opened"]
+    assert (ticket.phase, ticket.writer_active) == (ReceivePhase.ARRIVED, False)
+
+
+def test_a_ticket_of_another_epoch_is_not_opened():
+    ticket = receiving(None)
+    assert kinds(ticket.open(WRITER, "shm", REGION_BYTES, EPOCH - 1, 0.0)) == ["revoke"]
+    assert ticket.phase is ReceivePhase.GRANTED
 
 
 def test_revokes_carry_the_error_that_the_writer_raises():

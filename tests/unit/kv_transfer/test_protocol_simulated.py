@@ -33,7 +33,7 @@ class Simulation:
     def __init__(self, transport: str) -> None:
         self.transport = transport
         self.sender = SendingTicket(1, decode_epoch=3)
-        self.receiver = ReceivingTicket(1, NUM_LAYERS, NUM_BLOCKS, lease_s=100.0, heard_s=0.0)
+        self.receiver = ReceivingTicket(1, 3, NUM_LAYERS, NUM_BLOCKS, lease_s=100.0, heard_s=0.0)
         self.now_s = 0.0
         self.to_receiver: Frames = self.sender.open()
         self.to_sender: Frames = []
@@ -116,32 +116,19 @@ class Simulation:
 
     def on_receiver(self, frame: pb.TransferFrame) -> None:
         receiver, writer = self.receiver, self.sender
-        match frame.WhichOneof("message"):
-            case "open":
-                self.to_sender += receiver.open(writer, self.transport, 8, self.now_s)
-            case "push":
-                push = frame.push
-                sizes = [8] * len(push.indices) if self.transport == "tcp" else []
-                fresh, frames = receiver.push(writer, push, sizes, self.now_s)
-                self.to_sender += frames
-                if fresh:
-                    contents = [(push.layer, part.index, part.checksum, value(push.layer, part.index)) for part in fresh]
-                    self.unchecked.append(contents)
-            case "commit":
-                self.to_sender += receiver.commit(writer, frame.commit, self.now_s)
-            case "abandon":
-                receiver.abandon(writer, frame.abandon.reason)
-            case "revoked":
-                receiver.revoked(writer)
+        if frame.HasField("push"):
+            push = frame.push
+            sizes = [8] * len(push.indices) if self.transport == "tcp" else []
+            fresh, frames = receiver.push(writer, push, sizes, self.now_s)
+            self.to_sender += frames
+            if fresh:
+                contents = [(push.layer, part.index, part.checksum, value(push.layer, part.index)) for part in fresh]
+                self.unchecked.append(contents)
+        else:
+            self.to_sender += receiver.on_frame(writer, self.transport, 8, frame, self.now_s)
 
     def on_sender(self, frame: pb.TransferFrame) -> None:
-        match frame.WhichOneof("message"):
-            case "opened":
-                self.sender.opened()
-            case "receipt":
-                self.sender.receipt(frame.receipt.num_bytes)
-            case "revoke":
-                self.sender.revoke(Failure.from_revoke(frame.revoke))
+        self.sender.on_frame(frame)
 
     # The receiver
 

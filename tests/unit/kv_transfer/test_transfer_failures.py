@@ -12,6 +12,7 @@ import zmq.asyncio
 
 from kv_transfer.identity import host_identity
 from kv_transfer.pieces import Pieces, checksums
+from kv_transfer.push import Push
 from kv_transfer.transports import ShmWriter, TcpWriter
 from segue.errors import ChecksumMismatch, ConfigError, LeaseExpired, TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
@@ -217,8 +218,9 @@ async def test_a_writer_that_falls_silent_loses_its_lease(pair):
             await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
         assert (await peer.receive("revoke")).code == "lease_expired"
         fencing = asyncio.create_task(incoming.fence())
-        await peer.send(renew=pb.Renew(ticket_ids=[incoming.ticket.ticket_id]))
-        await peer.receive("revoke")
+        await peer.send(renew=pb.Renew(ticket_id=incoming.ticket.ticket_id))
+        for _ in range(3):  # an answer, and reminders
+            await peer.receive("revoke")
         assert not fencing.done()
         await peer.send(revoked=pb.Revoked(ticket_id=incoming.ticket.ticket_id))
         await asyncio.wait_for(fencing, TIMEOUT_S)
@@ -424,7 +426,7 @@ async def test_a_lost_writer_in_shared_memory_is_fenced_by_its_next_hello(pair):
     async with raw_peer(pair, receiver.endpoint) as peer:
         await peer.greet(("shm",), sender_id=6)
         assert not fencing.done()
-        await peer.greet(("shm",), sender_id=5)
+        await peer.greet(("shm",), sender_id=5, number=2)
         await asyncio.wait_for(fencing, TIMEOUT_S)
 
 
@@ -439,11 +441,18 @@ async def test_a_hello_that_was_overtaken_does_not_stop_the_later_writer(pair):
         fencing = asyncio.create_task(incoming.fence())
         await peer.receive("revoke")
         await late.send(hello=pb.Hello(sender_id=5, number=1, layout_fingerprint=pair.layout.fingerprint()))
-        await late.send(renew=pb.Renew(ticket_ids=[99]))
+        await late.send(renew=pb.Renew(ticket_id=99))
         await late.receive("revoke")  # so the Hello before it was read
         assert not fencing.done()
         await peer.send(revoked=pb.Revoked(ticket_id=incoming.ticket.ticket_id))
         await asyncio.wait_for(fencing, TIMEOUT_S)
+
+
+async def test_strangers_are_told_to_connect_anew(pair):
+    receiver = await pair.receiver()
+    async with raw_peer(pair, receiver.endpoint) as peer:
+        await peer.send(renew=pb.Renew(ticket_id=1))
+        assert "not known" in (await peer.receive("welcome")).refusal
 
 
 async def test_a_closed_receiver_ends_what_is_open(pair, transport):
@@ -534,6 +543,66 @@ async def test_every_revoke_is_answered(pair, raw_receiver):
     assert (await raw_receiver.receive("revoked")).ticket_id == 1
     with pytest.raises(LeaseExpired, match="too slow"):
         await push.commit(1)
+
+
+async def open_in_place(pair: Any, sender: Any, raw_receiver: RawReceiver) -> Push:
+    """Over shared memory."""
+    opening = asyncio.create_task(sender.open(raw_receiver.ticket(pair)))
+    await raw_receiver.receive("hello")
+    await raw_receiver.send(
+        welcome=pb.Welcome(worker_id="raw", epoch=1, transport="shm", segment=pair.target.segment, format=FORMAT)
+    )
+    await raw_receiver.receive("open")
+    await raw_receiver.send(opened=pb.Opened(ticket_id=1))
+    return await opening
+
+
+@pytest.mark.parametrize("last", [b"\xff\xff", pb.TransferFrame(welcome=pb.Welcome(refusal="not known")).SerializeToString()])
+async def test_a_lost_connection_over_shared_memory_is_made_anew_without_a_push(pair, raw_receiver, last):
+    push = await open_in_place(pair, await pair.sender(), raw_receiver)
+    await raw_receiver.send_bytes(last)
+    with pytest.raises(TransferError):
+        await push.commit(1)
+    assert (await raw_receiver.receive("hello")).number == 2
+
+
+async def test_a_connection_that_breaks_before_welcome_tells_what_the_one_before_could_not(pair, raw_receiver):
+    sender = await pair.sender()
+    await open_in_place(pair, sender, raw_receiver)
+    await raw_receiver.send_bytes(b"\xff\xff")
+    await raw_receiver.receive("hello")
+    opening = asyncio.create_task(sender.open(raw_receiver.ticket(pair)))
+    assert (await raw_receiver.receive("hello")).number == 3
+    await raw_receiver.send_bytes(b"\xff\xff")
+    with pytest.raises(TransferError, match="no transfer frame"):
+        await opening
+    assert (await raw_receiver.receive("hello")).number == 4
+
+
+async def test_hello_waits_for_the_writes_of_the_connection_before(pair, raw_receiver, monkeypatch):
+    loop, begun, may_end = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    honest = ShmWriter.write
+
+    def slow(writer: Any, parcel: Any, regions: list[memoryview]) -> tuple[list[int], list[memoryview]]:
+        loop.call_soon_threadsafe(begun.set)
+        asyncio.run_coroutine_threadsafe(may_end.wait(), loop).result(TIMEOUT_S)
+        return honest(writer, parcel, regions)
+
+    monkeypatch.setattr(ShmWriter, "write", slow)
+    sender = await pair.sender()
+    push = await open_in_place(pair, sender, raw_receiver)
+    push.send(0, [0], range(1))
+    await begun.wait()
+    await raw_receiver.send_bytes(b"\xff\xff")
+    await push.revoked.wait()
+    hello = asyncio.create_task(raw_receiver.receive("hello"))
+    opening = asyncio.create_task(sender.open(raw_receiver.ticket(pair)))
+    # By now the new connection has told the old one to close; a Hello sent too early would come well within this time.
+    assert not (await asyncio.wait({hello, opening}, timeout=0.2))[0]
+    may_end.set()
+    assert (await hello).number == 2
+    opening.cancel()
+    await asyncio.gather(opening, return_exceptions=True)
 
 
 async def test_a_receiver_that_does_not_answer_is_given_up(pair, raw_receiver, monkeypatch):
