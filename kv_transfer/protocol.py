@@ -323,9 +323,8 @@ class SendingTicket:
 
     def reminder(self) -> Frames:
         """To be repeated as long as the push lives: keeps the lease, and asks again for what may have been lost."""
-        if self.phase is SendPhase.OPEN:
-            return [pb.TransferFrame(renew=pb.Renew(ticket_id=self.ticket_id))]
-        return [] if self.is_over else self._unanswered
+        renew = pb.TransferFrame(renew=pb.Renew(ticket_id=self.ticket_id))
+        return [] if self.is_over else [*self._unanswered, renew]
 
     def on_frame(self, frame: pb.TransferFrame) -> None:
         """Whatever the receiver says of this ticket."""
@@ -339,7 +338,7 @@ class SendingTicket:
 
     def opened(self) -> None:
         if self.phase is SendPhase.OPENING:
-            self.phase = SendPhase.OPEN
+            self.phase, self._unanswered = SendPhase.OPEN, []
 
     def push(self, layer: int, indices: Sequence[int], checksums: Sequence[int]) -> Frames:
         """After the bytes were written. Nothing is said of them when the ticket ended meanwhile."""

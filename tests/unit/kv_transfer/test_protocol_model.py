@@ -19,7 +19,7 @@ from tests.support.explorer import Counterexample, Violation, explore
 from tests.support.hand_over_model import HandOver, Setting
 
 # What befalls a connection or a process befalls both tickets; the rest one alone.
-OF_BOTH = ("break", "overflow", "prefill dies", "decode dies")
+OF_BOTH = ("break", "prefill dies", "decode dies")
 SETTINGS = {
     "two tickets on one connection, shm": (Setting("shm", mishaps=OF_BOTH, is_symmetric=True), 100_000),
     "two tickets on one connection, tcp": (Setting("tcp", mishaps=OF_BOTH, is_symmetric=True), 50_000),

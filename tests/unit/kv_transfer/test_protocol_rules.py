@@ -247,11 +247,11 @@ def test_a_receipt_counts_after_commit_alone():
 def test_what_is_not_answered_is_said_again():
     sender = SendingTicket(1, EPOCH)
     sender.open()
-    assert kinds(sender.reminder()) == ["open"]
+    assert kinds(sender.reminder()) == ["open", "renew"]
     sender.opened()
     assert kinds(sender.reminder()) == ["renew"]
     sender.commit(5, [])
-    assert kinds(sender.reminder()) == ["commit"]
+    assert kinds(sender.reminder()) == ["commit", "renew"]
     sender.receipt(7)
     assert sender.reminder() == []
 
