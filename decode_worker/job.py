@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
 from kv_transfer.handover import HandOver, Reservation
-from segue.errors import SegueError
+from segue.errors import InternalError, SegueError
 from segue.runtime import event_that_is_set
 from segue.v1 import worker_pb2 as pb
 from segue.worker_link import RouterLink
@@ -37,6 +37,11 @@ class DecodeJob:
     finished: asyncio.Future[None] = field(default_factory=asyncio.Future)
     # Clear while a step computes this sequence.
     idle: asyncio.Event = field(default_factory=event_that_is_set)
+
+    def on_return_end(self, returning: asyncio.Task[None]) -> None:
+        """A defect there ends the job: it is of no use to go on and hide it."""
+        if not returning.cancelled() and (error := returning.exception()) is not None:
+            self.fail(InternalError(f"sending KV back failed: {error!r}"))
 
     def fail(self, error: SegueError) -> None:
         if not self.finished.done():

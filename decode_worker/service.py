@@ -150,6 +150,7 @@ class DecodeService:
         job = self._jobs.get(key)
         if job is not None and job.reservation is not None and job.returning is None:
             job.returning = asyncio.create_task(self._return(job, tickets))
+            job.returning.add_done_callback(job.on_return_end)
 
     async def _return(self, job: DecodeJob, tickets: SequenceOf[Ticket]) -> None:
         """Sends prefill blocks that came out of the prefix cache here. Should that fail, prefill computes them."""
@@ -167,8 +168,10 @@ class DecodeService:
         except TransferError as error:
             self._num_failed_transfers += 1
             logger.warning("cannot send prefill what it lacks of %s: %s", job.sequence.key, error.message)
+        finally:
             if job.returned is not None:
-                await job.returned.abandon(error.message)
+                # Whatever went wrong, prefill must not wait for the rest. Nothing happens to what was committed.
+                await job.returned.abandon("not all that was asked for could be sent")
 
     def _take_over(self, job: DecodeJob, arrival: Arrival) -> int:
         """The prompt's KV is here: the sequence joins the batch. Gives the number of prompt tokens that were cached here."""

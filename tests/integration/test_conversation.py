@@ -12,9 +12,11 @@ import pytest
 
 from decode_worker.service import DecodeService
 from deploy.valkey import Valkey
+from kv_transfer.handover import HandOver
 from kv_transfer.transports import ShmWriter
 from segue import AsyncClient, GenerateOptions
 from segue.client.events import RequestPath
+from segue.errors import InternalError
 from tests.support.cluster import Cluster, in_process_cluster
 
 BLOCK_SIZE = 4
@@ -104,6 +106,25 @@ async def test_a_decode_worker_that_sends_nothing_is_waited_for_no_longer_than_a
     monkeypatch.setattr(DecodeService, "_send", lambda *_: None)
     async with in_process_cluster(valkey.url, tiny_model_dir, ticket_lease_ms=400) as cluster:
         assert await second_turn(cluster) == expected[1]
+
+
+async def test_a_defect_at_decode_ends_the_request_and_keeps_nobody_waiting(
+    valkey: Valkey, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    class Broken:
+        @staticmethod
+        async def open(*arguments: Any) -> HandOver:
+            hand_over = await HandOver.open(*arguments)
+            hand_over.send = broken  # type: ignore[method-assign]
+            return hand_over
+
+    monkeypatch.setattr("decode_worker.service.HandOver", Broken)
+    async with in_process_cluster(valkey.url, tiny_model_dir, ticket_lease_ms=60_000) as cluster:
+        with pytest.raises(InternalError, match="a defect"):
+            await second_turn(cluster)
 
 
 async def test_a_client_may_go_away_while_kv_is_fetched(
