@@ -255,7 +255,7 @@ class KVReceiver:
         self.num_bad_frames += ticket_id is None
         incoming = self._tickets.get(ticket_id or 0)
         if incoming is not None and (incoming.ticket.endpoint == f"{LOCAL}:") == (writer.transport == LOCAL):
-            region_bytes = self._writers.reader(writer, incoming.ticket).target.format.region_bytes
+            region_bytes = self._writers.region_format(writer, incoming.ticket).region_bytes
             answers = incoming.state.on_frame(writer, writer.transport, region_bytes, frame, self._clock())
             self._dispatch(incoming, answers, writer)
         else:

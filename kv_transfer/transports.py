@@ -92,13 +92,6 @@ class RegionSource(Protocol):
         """See SourceRegions."""
 
 
-class RegionTarget(Protocol):
-    """Where they go."""
-
-    @property
-    def format(self) -> RegionFormat: ...
-
-
 class PushWriter(Protocol):
     def write(self, parcel: Parcel, payload: Any) -> tuple[list[int], Payload]:
         """Brings the parcel's regions, `payload`, to the peer; returns their checksums and what is to follow its Push."""
@@ -123,9 +116,6 @@ class TcpWriter:
 
 
 class PushReader(Protocol):
-    @property
-    def target(self) -> RegionTarget: ...
-
     def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Any) -> bool:
         """Takes (region, destination block) pairs of one push into the memory; False when a checksum does not hold."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kv_transfer.identity import WorkerIdentity, host_identity
 from kv_transfer.pairing import Roster
-from kv_transfer.plan import TargetRegions, format_of, mismatch
+from kv_transfer.plan import RegionFormat, TargetRegions, format_of, mismatch
 from kv_transfer.process_watch import ProcessWatch
 from kv_transfer.protocol import DIST, LOCAL, SHM, TCP
 from kv_transfer.tensors import Memory, host_memory
@@ -77,9 +77,13 @@ class Writers:
     def add_local(self, post: FrameSink) -> Writer:
         return Writer(0, 0, LOCAL, post)
 
+    def region_format(self, writer: Writer, ticket: pb.Ticket) -> RegionFormat:
+        """How the ticket's regions travel when `writer` sends them."""
+        return region_format(ticket, self._memory.layout, writer.transport, self._format.wire_dtype)
+
     def reader(self, writer: Writer, ticket: pb.Ticket) -> PushReader:
         """What takes the ticket's regions in when `writer` sends them."""
-        form = region_format(ticket, self._memory.layout, writer.transport, self._format.wire_dtype)
+        form = self.region_format(writer, ticket)
         if writer.transport == DIST:
             from kv_transfer.distributed import DistReader, TensorTarget
 
