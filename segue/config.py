@@ -157,6 +157,8 @@ class RouterSettings(Settings):
     max_active_requests: int = Field(1024, ge=1)
     max_body: NumBytes = 8 * 2**20
     request_timeout_s: float = Field(600.0, gt=0)
+    # How often a request may be started in all, when workers are lost or hand-overs fail.
+    max_attempts: int = Field(8, ge=1)
 
 
 class WorkerSettings(EngineSettings):
