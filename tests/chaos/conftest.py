@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.nursery import Nursery, running_nursery
 from deploy.valkey import Valkey
 from segue import AsyncClient, Completed, GenerateOptions, Output
 from segue.errors import SegueError
 from tests.support.cluster import in_process_cluster
-from tests.support.forked_cluster import Nursery, running_nursery
 from tests.support.tiny_model import make_tiny_model
 
 NUM_TOKENS = 8

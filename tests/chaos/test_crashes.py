@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.forked_cluster import ForkedCluster
+from bench.nursery import Nursery
 from deploy.valkey import Valkey
 from segue.chaos import FRAMES, STEPS
 from tests.chaos.conftest import Requests
-from tests.support.forked_cluster import ForkedCluster, Nursery, forked_cluster
+from tests.support.leaks import forked_cluster_without_leaks
 
 # Renewed after a third of it: within a request, if its frames wait.
 LEASE_MS = 900
@@ -39,7 +41,7 @@ async def test_crashes_at_every_step(
 ) -> None:
     chance = random.Random(7)
     settings = {"kv_transport": transport, "ticket_lease_ms": LEASE_MS}
-    async with forked_cluster(nursery, valkey.url, tiny_model_dir, tmp_path, **settings) as cluster:
+    async with forked_cluster_without_leaks(nursery, valkey.url, tiny_model_dir, tmp_path, **settings) as cluster:
         await cluster.start("prefill-1")
         await cluster.start("decode-1")
         for event in EVENTS:
