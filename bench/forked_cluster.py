@@ -16,11 +16,11 @@ from typing import Any
 from bench.nursery import Nursery
 from segue.client import AsyncClient, RetryPolicy
 from segue.config import LOOPBACK, RouterSettings, WorkerSettings
-from segue.errors import SegueError
+from segue.errors import DeadlineExceeded, SegueError
 
 MODEL_NAME = "tiny"
 # For a process to start, or to die of what it was told to.
-_LIMIT_S = 150.0
+_LIMIT_S = 60.0
 # The router can only be asked.
 _BETWEEN_LOOKS_S = 0.02
 _TINY = {"threads": 1, "kv_memory": 2**20, "block_size": 4, "max_prefill_tokens": 32}
@@ -47,13 +47,6 @@ class ForkedCluster:
         """Starts the process, in place of one of that name, and waits until it serves: for a worker, until the router has its
         link. `settings` override the cluster's."""
         role = name.partition("-")[0]
-        pid = await self._start_process(name, role, settings)
-        if role == "router":
-            await self._until(lambda ready: True)
-        else:
-            await self._until(lambda ready: pid in ready.values())
-
-    async def _start_process(self, name: str, role: str, settings: dict[str, Any]) -> int:
         if role == "router":
             planned: RouterSettings | WorkerSettings = RouterSettings(**self.common | self.router | settings)
         else:
@@ -61,7 +54,12 @@ class ForkedCluster:
         pid = await self.nursery.start(planned, self.logs / f"{name}.log")
         self.kill(name)
         self._pidfds[name], self.pids[name] = os.pidfd_open(pid), pid
-        return pid
+        await self.until_serving(name)
+
+    async def until_serving(self, name: str) -> None:
+        """Waits until the process gets requests."""
+        pid = self.pids[name]
+        await self._until(lambda ready: name.startswith("router") or pid in ready.values())
 
     def signal(self, name: str, number: signal.Signals) -> None:
         """Nothing happens to a process that has ended."""
@@ -100,12 +98,16 @@ class ForkedCluster:
             loop.remove_reader(pidfd)
 
     async def _until(self, holds: Callable[[dict[str, int]], bool]) -> None:
-        async with asyncio.timeout(_LIMIT_S):
-            while True:
-                with suppress(SegueError):  # a router that starts or dies
-                    if holds(await self.ready()):
-                        return
-                await asyncio.sleep(_BETWEEN_LOOKS_S)
+        ready: dict[str, int] = {}
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                while True:
+                    with suppress(SegueError):  # a router that starts or dies
+                        if holds(ready := await self.ready()):
+                            return
+                    await asyncio.sleep(_BETWEEN_LOOKS_S)
+        except TimeoutError:
+            raise DeadlineExceeded(f"waited {_LIMIT_S} s in vain; ready are {ready} of {self.pids}") from None
 
 
 @asynccontextmanager
