@@ -199,7 +199,13 @@ def _role(name: str) -> str:
 
 
 async def measure(
-    cluster: ForkedCluster, num_faults: int, *, at_a_time: int, num_routers: int, seed: int, note: Callable[[int], None]
+    cluster: ForkedCluster,
+    num_faults: int,
+    *,
+    at_a_time: int,
+    num_routers: int,
+    seed: int,
+    note: Callable[[int], None] = lambda _: None,
 ) -> tuple[Outcomes, Held]:
     """What became of the requests, and what was held when all was over. Starts the workers, and routers after the first."""
     outcomes, routers = Outcomes(), [f"router-{number}" for number in range(num_routers)]
