@@ -1,8 +1,8 @@
 """Which worker holds which block: the cluster's prefix caches as their workers tell of them.
 
 A table of block hashes, open addressing with linear probing, in two numpy arrays: 12 bytes for a slot, three of five slots in
-use at most. A slot names a *set* of workers by its number; equal sets have one number, and a set is one Python integer, bit i for
-worker i. So a block that is held by many costs no more than one that is held by one, and a prompt is looked up as a whole.
+use at most. A slot names a *set* of workers by its number; equal sets have one number, and a set is one Python integer, bit i
+for worker i. So a block that is held by many costs no more than one that is held by one, and a prompt is looked up as a whole.
 
 Hashes are cut to 64 bits. Two that collide make the index wrong about a block; the workers compare all bits, so that costs time
 and never a wrong token.
@@ -50,6 +50,11 @@ class PrefixIndex:
         return int(np.count_nonzero(self._holders))
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever added."""
+        return not self._num_used
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the table."""
         return self._keys.nbytes + self._holders.nbytes
@@ -72,8 +77,8 @@ class PrefixIndex:
         self._holders = without[self._holders]
 
     def leading_blocks(self, hashes: Sequence[bytes]) -> dict[int, int]:
-        """How many of a prompt's leading blocks workers hold, for each set of workers (bit i for worker i) that hold equally many;
-        those that hold none are in no set."""
+        """How many of a prompt's leading blocks workers hold, for each set of workers (bit i for worker i) that hold equally
+        many; those that hold none are in no set."""
         if not hashes:
             return {}
         slots = self._find(keys_of(b"".join(hashes)))

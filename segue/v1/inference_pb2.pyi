@@ -772,7 +772,7 @@ class WorkerLoad(_message.Message):
     PREFILL_MS_PER_TOKEN_FIELD_NUMBER: _builtins.int
     DECODE_MS_PER_STEP_FIELD_NUMBER: _builtins.int
     DECODE_MS_PER_SEQUENCE_FIELD_NUMBER: _builtins.int
-    EXPOSED_MS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    DECODE_SEQUENCES_FIELD_NUMBER: _builtins.int
     waiting_requests: _builtins.int
     running_requests: _builtins.int
     queued_tokens: _builtins.int
@@ -796,10 +796,10 @@ class WorkerLoad(_message.Message):
     prefill_ms_per_token: _builtins.float
     """Measured lately; 0 while nothing was. Milliseconds for each prompt token in a prefill step,"""
     decode_ms_per_step: _builtins.float
-    """for a decode step, besides what each of its sequences adds,"""
+    """and for a decode step, besides what each of its sequences adds."""
     decode_ms_per_sequence: _builtins.float
-    exposed_ms_per_token: _builtins.float
-    """and between a prompt's first token and its receipt, for each token whose KV was sent."""
+    decode_sequences: _builtins.int
+    """Of the running requests, those that it decodes, or has reserved memory for."""
     def __init__(
         self,
         *,
@@ -822,11 +822,11 @@ class WorkerLoad(_message.Message):
         prefill_ms_per_token: _builtins.float = ...,
         decode_ms_per_step: _builtins.float = ...,
         decode_ms_per_sequence: _builtins.float = ...,
-        exposed_ms_per_token: _builtins.float = ...,
+        decode_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decode_ms_per_sequence", b"decode_ms_per_sequence", "decode_ms_per_step", b"decode_ms_per_step", "decoded_tokens", b"decoded_tokens", "exposed_ms_per_token", b"exposed_ms_per_token", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefill_ms_per_token", b"prefill_ms_per_token", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "step_age_ms", b"step_age_ms", "total_blocks", b"total_blocks", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decode_ms_per_sequence", b"decode_ms_per_sequence", "decode_ms_per_step", b"decode_ms_per_step", "decode_sequences", b"decode_sequences", "decoded_tokens", b"decoded_tokens", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefill_ms_per_token", b"prefill_ms_per_token", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "step_age_ms", b"step_age_ms", "total_blocks", b"total_blocks", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
