@@ -18,12 +18,15 @@ from router.fleet import Rows
 Mask = NDArray[np.bool_]
 Milliseconds = NDArray[np.float64]
 
-# Until something was measured.
+# Until something was measured, on any worker.
 DEFAULT_PREFILL_MS_PER_TOKEN = 1.0
 DEFAULT_DECODE_MS_PER_STEP = 10.0
 DEFAULT_DECODE_MS_PER_SEQUENCE = 1.0
-# By so much must the other way, split or not, be better before it is taken: two ways that cost the same do not alternate.
-HYSTERESIS = 0.1
+# By so much must the other way, on two workers or on one, be better: two that cost the same do not alternate.
+HYSTERESIS_MS = 1.0
+
+# A prompt that takes longer is never computed on a decode worker: who decodes there, now or a moment later, would see a pause.
+MAX_STALL_MS = 100.0
 
 # Why a sequence goes the way it does. Stable words: they are in paths and metrics.
 DISAGGREGATED = "disaggregated"
@@ -79,10 +82,8 @@ def cost(situation: Situation) -> Choice:
         choice = split or joined
         assert choice is not None
         return choice
-    margin = 1 - HYSTERESIS
-    if situation.is_split:
-        return joined if joined.cost_ms < margin * split.cost_ms else split
-    return split if split.cost_ms < margin * joined.cost_ms else joined
+    usual, other = (split, joined) if situation.is_split else (joined, split)
+    return other if other.cost_ms < usual.cost_ms - HYSTERESIS_MS else usual
 
 
 def least_loaded(situation: Situation) -> Choice:
@@ -127,8 +128,14 @@ def _pair_at(situation: Situation, prefill_number: int, decode_number: int) -> C
 
 
 def prefill_ms_per_token(rows: Rows) -> Milliseconds:
-    measured = rows["prefill_ms_per_token"]
-    return np.where(measured > 0, measured, DEFAULT_PREFILL_MS_PER_TOKEN)
+    return _measured(rows["prefill_ms_per_token"], DEFAULT_PREFILL_MS_PER_TOKEN)
+
+
+def _measured(column: Milliseconds, default: float) -> Milliseconds:
+    """A worker that has measured nothing is taken to be like the others."""
+    known = column > 0
+    num_known = np.count_nonzero(known)
+    return column if num_known == len(column) else np.where(known, column, column.sum() / num_known if num_known else default)
 
 
 def uncached_tokens(situation: Situation) -> NDArray[np.int64]:
@@ -144,9 +151,8 @@ def prefill_cost_ms(situation: Situation) -> Milliseconds:
 def decode_cost_ms(situation: Situation) -> Milliseconds:
     """Of all steps, and of what this sequence adds to the steps of those that run already; and waiting for memory."""
     rows = situation.rows
-    is_known = rows["decode_ms_per_step"] + rows["decode_ms_per_sequence"] > 0
-    per_step = np.where(is_known, rows["decode_ms_per_step"], DEFAULT_DECODE_MS_PER_STEP)
-    per_sequence = np.where(is_known, rows["decode_ms_per_sequence"], DEFAULT_DECODE_MS_PER_SEQUENCE)
+    per_step = _measured(rows["decode_ms_per_step"], DEFAULT_DECODE_MS_PER_STEP)
+    per_sequence = _measured(rows["decode_ms_per_sequence"], DEFAULT_DECODE_MS_PER_SEQUENCE)
     running = rows["sequences"]
     own = per_step + per_sequence * (running + 1)
     waiting = np.where(lacks_memory(situation), own, 0.0)  # for others to end, which takes as long as they take
@@ -192,19 +198,19 @@ def _best_split(situation: Situation) -> Choice | None:
 
 
 def _best_joined(situation: Situation) -> Choice | None:
-    """Both phases on one worker: a colocated one; a decode worker, whose sequences wait while it computes the prompt; or, when
-    no decode worker has memory, a prefill worker that has nothing else to do."""
+    """Both phases on one worker: a colocated one; a decode worker, if the prompt is short, and its sequences wait; or, when no
+    decode worker has memory, a prefill worker that has nothing else to do."""
     rows = situation.rows
     colocated = situation.prefills & situation.decodes
     candidates = colocated
     decode_is_full = False
+    prompt_ms = uncached_tokens(situation) * prefill_ms_per_token(rows)
     if situation.may_join:
         decode_is_full = bool(np.all(lacks_memory(situation)[situation.decodes]))
         idle = situation.prefills & (rows["queued_tokens"] == 0)
-        candidates = candidates | (idle if decode_is_full else situation.decodes)
+        candidates = candidates | (idle if decode_is_full else situation.decodes & (prompt_ms <= MAX_STALL_MS))
     if not candidates.any():
         return None
-    prompt_ms = uncached_tokens(situation) * prefill_ms_per_token(rows)
     total = prefill_cost_ms(situation) + rows["sequences"] * prompt_ms + decode_cost_ms(situation)
     row = int(np.argmin(np.where(candidates, total, np.inf)))
     if colocated[row]:

@@ -16,7 +16,8 @@ from router.policies import (
     COLOCATED,
     DECODE_FULL,
     DISAGGREGATED,
-    HYSTERESIS,
+    HYSTERESIS_MS,
+    MAX_STALL_MS,
     POLICIES,
     SHORT_PROMPT,
     Choice,
@@ -92,7 +93,8 @@ def naive(s: Situation) -> list[Choice]:
     for row in {*prefills, *decodes}:
         is_both = row in prefills and row in decodes
         is_idle = row in prefills and s.rows[row]["queued_tokens"] == 0
-        if is_both or (s.may_join and (is_idle if full else row in decodes)):
+        is_short = row in decodes and prompt_ms(row) <= MAX_STALL_MS
+        if is_both or (s.may_join and (is_idle if full else is_short)):
             delayed = s.rows[row]["sequences"] * prompt_ms(row)
             found.append(Choice(row, row, "", first_token_ms(row) + delayed + decode_ms(row)))
     return found
@@ -147,9 +149,9 @@ def test_the_least_cost_of_all_pairs(
     assert costs[chosen.prefill, chosen.decode] == pytest.approx(chosen.cost_ms)
     split = min((c.cost_ms for c in possible if c.prefill != c.decode), default=np.inf)
     joined = min((c.cost_ms for c in possible if c.prefill == c.decode), default=np.inf)
-    if min(split, joined) < (1 - HYSTERESIS) * max(split, joined):
+    if min(split, joined) < max(split, joined) - 1.01 * HYSTERESIS_MS:
         assert chosen.cost_ms == pytest.approx(min(split, joined))
-    elif np.isfinite(max(split, joined)):
+    elif abs(split - joined) < 0.99 * HYSTERESIS_MS:
         assert chosen.cost_ms == pytest.approx(split if is_split else joined), "it goes on as before"
 
 
@@ -184,8 +186,10 @@ def test_short_prompts_stay_on_an_idle_decode_worker() -> None:
     fleet, far = [PREFILL, DECODE], {"hand_over_ms": 10.0, "may_join": True}
     s = situation(fleet, num_tokens=5, expected_tokens=1.0, **far)
     assert (cost(s).prefill, cost(s).reason) == (1, SHORT_PROMPT)
-    busy = [PREFILL, replace(DECODE, sequences=8, decode_ms_per_step=0.0, decode_ms_per_sequence=0.01)]
+    busy = [PREFILL, replace(DECODE, sequences=8, decode_ms_per_step=0.01, decode_ms_per_sequence=0.01)]
     assert cost(replace(s, rows=situation(busy).rows)).reason == DISAGGREGATED, "eight others would wait"
+    slow = [replace(PREFILL, prefill_ms_per_token=21.0), replace(DECODE, prefill_ms_per_token=21.0)]
+    assert cost(replace(s, rows=situation(slow).rows)).reason == DISAGGREGATED, "whoever comes next would wait"
     assert cost(replace(s, may_join=False)).reason == DISAGGREGATED
 
 
