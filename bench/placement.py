@@ -1,8 +1,8 @@
 """`python -m bench.placement`: how long the router takes to place a request, and what its index of prefix caches costs.
 
 Half of the workers prefill, half decode, on hosts of eight. A prompt of 2,000 tokens is placed again and again, while workers
-report load. As in a conversation, its first 256 tokens, the system prompt, are in every cache, and more of it in those of up to ten
-workers. Hashing it is part of the time. The index is filled with blocks of random hashes.
+report load. As in a conversation, its first 256 tokens, the system prompt, are in every cache, and more of it in those of up to
+ten workers. Hashing it is part of the time. The index is filled with blocks of random hashes.
 """
 
 from __future__ import annotations
