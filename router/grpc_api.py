@@ -36,12 +36,12 @@ _Request = TypeVar("_Request", bound=Message)
 _API = "grpc"
 
 
-def server_options(max_body: int) -> list[tuple[str, int]]:
+def server_options(max_body: int, *, shares_port: bool = False) -> list[tuple[str, int]]:
     """Channel options for the server. Without so_reuseport=0 a port in use would be shared without a word."""
     return [
         ("grpc.max_receive_message_length", max_body),
         ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shares_port)),
     ]
 
 

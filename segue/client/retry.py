@@ -16,7 +16,7 @@ from segue.errors import DeadlineExceeded, SegueError
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Pauses double from `initial_pause_s` to `max_pause_s`, each shortened at random by up to half. That many attempts in a row
+    """Pauses double from `initial_pause_s` to `max_pause_s`, each shortened at random by up to half. So many attempts in a row
     may fail: one that gave output begins the count anew. Without `resume` a stream that breaks after that has failed."""
 
     max_attempts: int = 3
