@@ -102,6 +102,11 @@ class GenerationSpec:
         return replace(self.sampling, seed=choice_seed(self.sampling.seed, choice))
 
 
+def draw_seed() -> int:
+    """For a request that has none."""
+    return secrets.randbits(_SEED_BITS)
+
+
 def choice_seed(seed: int, choice: int) -> int:
     """Choice 0 has the request's own seed; the others have one that depends on it and on their number alone."""
     if choice == 0:
@@ -218,7 +223,7 @@ def _sampling(options: GenerationOptions, limits: ModelLimits, room: int) -> Sam
     }
     return SamplingParams(
         max_tokens=room if options.max_tokens is None else options.max_tokens,
-        seed=secrets.randbits(_SEED_BITS) if options.seed is None else options.seed,
+        seed=draw_seed() if options.seed is None else options.seed,
         logit_bias=dict(options.logit_bias),
         stop_token_ids=tuple(dict.fromkeys((*end_token_ids, *options.stop_token_ids))),
         **given,
