@@ -137,6 +137,7 @@ class RoutingSettings(Settings):
     """How a router chooses workers."""
 
     policy: PolicyName = Field("cost", description="How a request's workers are chosen")
+    max_wait_s: float = Field(30.0, gt=0, description="Seconds that a request may have to wait for its turn; refused otherwise")
     disaggregate: Literal["auto", "always"] = Field(
         "auto", description="auto lets one worker run both phases of a request where that costs less; always never does"
     )
@@ -171,6 +172,7 @@ class RouterSettings(RoutingSettings):
     shares_ports: bool = False
     member_lease_ms: int = Field(3_000, ge=100)
     max_active_requests: int = Field(1024, ge=1)
+    max_waiting_requests: int = Field(4096, ge=1)
     max_body: NumBytes = 8 * 2**20
     request_timeout_s: float = Field(600.0, gt=0)
     # How often a request may be started in all, when workers are lost or hand-overs fail.

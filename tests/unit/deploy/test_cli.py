@@ -97,6 +97,7 @@ OTHER_VALUES: dict[str, Any] = {
     "chaos": "seed=1,drop=0.01",
     "policy": "round_robin",
     "disaggregate": "always",
+    "max_wait_s": 2.5,
     "routers": 3,
 }
 
