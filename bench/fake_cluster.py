@@ -39,7 +39,7 @@ async def fake_cluster(
     async with AsyncExitStack() as stack:
         model_dir = make_tiny_model(Path(stack.enter_context(tempfile.TemporaryDirectory())) / MODEL, max_context=max_context)
         valkey = await stack.enter_async_context(embedded_valkey(logs / "valkey.log"))
-        common = {"cluster_id": logs.name, "redis": valkey.url}
+        common: dict[str, Any] = {"cluster_id": logs.name, "redis": valkey.url}
         plan = FakePlan(**common, model=MODEL, **workers)
         child = await stack.enter_async_context(fake_workers(plan, logs / "workers.log"))
         ports = {"http_port": 0, "grpc_port": 0, "disaggregate": "always"}
@@ -48,7 +48,6 @@ async def fake_cluster(
         stack.push_async_callback(process.stop)
         await process.serving()
         async with AsyncClient(process.grpc) as client:
-            while len((await client.status()).workers) < plan.prefill + plan.decode:
-                await asyncio.sleep(_BETWEEN_LOOKS_S)  # the router can only be asked
-            await client.wait_ready()
+            while len((await client.wait_ready()).workers) < plan.prefill + plan.decode:  # noqa: ASYNC110 - it can only be asked
+                await asyncio.sleep(_BETWEEN_LOOKS_S)
         yield FakeCluster(process, child)

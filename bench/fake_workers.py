@@ -1,7 +1,7 @@
 """Workers that compute nothing and take a set time for it, behind real links: so that a router can be measured alone.
 
-A process of its own (`fake_workers(...)` starts it). All workers in it share a clock-driven engine each: prompts one after the other,
-`prefill_ms_per_token` for each token; all sequences together, one token each `step_ms`.
+A process of its own (`fake_workers(...)` starts it). A prefill worker takes prompts one after the other, `prefill_ms_per_token`
+for each token; a decode worker all sequences together, one token for each in `step_ms`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class FakeDecode:
                 messages.setdefault(sequence.link, pb.StepTokens()).sequences.add(
                     key=sequence.key,
                     tokens=[Token(id=2)],
-                    finish_reason=reason,  # type: ignore[arg-type]
+                    finish_reason=reason,
                 )
                 if not sequence.num_left:
                     del self._running[key]
