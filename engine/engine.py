@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Chunks
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,6 +63,8 @@ class Engine:
         if group is not None and group.shard.rank == 0:
             forward = _on_all_ranks(forward, group)
         self._forward: Forward | None = forward
+        # When the pass under way began, on the monotonic clock; None while there is none.
+        self.computing_since_s: float | None = None
         # The number of compute threads is a property of the thread that starts them.
         self._executor = ThreadPoolExecutor(1, "engine", initializer=torch.set_num_threads, initargs=(threads,))
 
@@ -160,10 +163,14 @@ class Engine:
         if (forward := self._forward) is None:
             raise InternalError("the engine is closed")
         tokens: list[GeneratedToken | None] = [None] * len(chunks)
-        with torch.inference_mode():
-            step = prepare_step(chunks, self.layout)
-            logits = forward(step, on_layer)
-            sampled = sample(logits.cpu(), [chunks[index].sequence for index in step.sampled_chunks])
+        self.computing_since_s = time.monotonic()
+        try:
+            with torch.inference_mode():
+                step = prepare_step(chunks, self.layout)
+                logits = forward(step, on_layer)
+                sampled = sample(logits.cpu(), [chunks[index].sequence for index in step.sampled_chunks])
+        finally:
+            self.computing_since_s = None
         for index, token in zip(step.sampled_chunks, sampled, strict=True):
             tokens[index] = token
         return tokens

@@ -157,6 +157,8 @@ class RouterSettings(Settings):
     max_active_requests: int = Field(1024, ge=1)
     max_body: NumBytes = 8 * 2**20
     request_timeout_s: float = Field(600.0, gt=0)
+    # How long a router that was told to stop waits for the requests it has.
+    drain_s: float = Field(10.0, ge=0)
 
 
 class WorkerSettings(EngineSettings):
@@ -168,6 +170,11 @@ class WorkerSettings(EngineSettings):
     model_name: str
     # The address this worker listens on and is reached at.
     host: str = LOOPBACK
+    # Where routers reach it, and where KV comes in; 0 picks a free port. Each further rank takes KV at the next port.
+    grpc_port: Port = 0
+    kv_port: Port = 0
+    # How long a worker that was told to stop waits for the sequences it has.
+    drain_s: float = Field(60.0, ge=0)
     ticket_lease_ms: int = Field(10_000, ge=100)
     member_lease_ms: int = Field(3_000, ge=100)
     # Which of the worker's ranks this process is. `group` names this start of the worker: equal for all of its ranks.

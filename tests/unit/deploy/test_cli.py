@@ -53,7 +53,7 @@ def test_the_command_loads_nothing_heavy() -> None:
 
 
 def test_every_command_is_there_and_has_help() -> None:
-    commands = ("up", "generate", "chat", "status", "doctor", "models")
+    commands = ("up", "generate", "chat", "status", "doctor", "router", "worker", "models")
     listed = CliRunner().invoke(app, ["--help"]).output
     for command in commands:
         assert f"\n  {command} " in listed
