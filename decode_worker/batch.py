@@ -58,7 +58,8 @@ class DecodeBatch:
         num_full = sequence.num_computed // block_size
         if num_full > (known := len(job.block_hashes)):
             tokens = sequence.token_ids[known * block_size : num_full * block_size]
-            job.block_hashes += block_hashes(tokens, block_size, parent=job.block_hashes[-1] if known else b"")
+            parent = job.block_hashes[-1] if known else b""
+            job.block_hashes += block_hashes(tokens, block_size, job.cache_salt, parent)
         for index in range(job.num_published_blocks, num_full):
             self._pool.publish(sequence.lease, index, job.block_hashes[index])
         job.num_published_blocks = max(job.num_published_blocks, num_full)

@@ -24,6 +24,8 @@ class DecodeJob:
     num_prefill_ranks: int
     # Hashes of the sequence's full blocks, as far as they are known; grows as tokens are decoded.
     block_hashes: list[bytes]
+    # Of the prefix cache that the sequence may share.
+    cache_salt: bytes = b""
     num_published_blocks: int = 0
     # The tickets; must be fenced before the blocks are given back.
     reservation: Reservation | None = None

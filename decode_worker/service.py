@@ -99,17 +99,20 @@ class DecodeService:
         token_ids = list(message.token_ids)
         try:
             sampling = sampling_from_pb(message.sampling)
-            self._engine.check_fits(token_ids, sampling.max_tokens)
+            self._engine.check_fits(token_ids, sampling.max_tokens - message.num_output_tokens)
         except InvalidRequest as error:
             link.send_failed(message.key, error)
             return
         job = DecodeJob(
             key=message.key,
             link=link,
-            sequence=Sequence(message.key.sequence_id, token_ids, sampling),
+            sequence=Sequence(
+                message.key.sequence_id, token_ids, sampling, num_prompt_tokens=len(token_ids) - message.num_output_tokens
+            ),
             is_local=message.prefill_worker_id == self._worker_id,
             num_prefill_ranks=message.num_prefill_ranks,
-            block_hashes=block_hashes(token_ids, self._engine.layout.block_size),
+            block_hashes=block_hashes(token_ids, self._engine.layout.block_size, message.cache_salt),
+            cache_salt=message.cache_salt,
         )
         if self._jobs.start(job, self._serve(job), self._release):
             self._waiting.append(job)
@@ -181,7 +184,7 @@ class DecodeService:
         assert sequence.lease is not None
         cached_tokens = sequence.lease.num_cached * self._engine.layout.block_size
         self._num_hit_tokens += cached_tokens
-        sequence.num_computed = sequence.num_prompt_tokens
+        sequence.num_computed = sequence.num_initial_tokens
         job.num_published_blocks = sequence.lease.num_cached
         self._batch.publish(job)
         if sequence.append(GeneratedToken(arrival.first_token)) is not None:
@@ -216,7 +219,7 @@ class DecodeService:
             if not job.is_local:
                 # What runs will grow soon: leave each sequence a block, or it would be preempted at once.
                 headroom = min(len(self._batch.running), pool.num_total // 16)
-                num_blocks = layout.num_blocks_for(job.sequence.num_prompt_tokens)
+                num_blocks = layout.num_blocks_for(job.sequence.num_initial_tokens)
                 if pool.num_leased and pool.num_available < num_blocks + headroom:
                     return
                 job.sequence.lease = pool.lease(num_blocks, job.block_hashes)

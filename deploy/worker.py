@@ -191,6 +191,7 @@ class Worker:
             total_blocks=pool.num_total,
             block_size=self.engine.layout.block_size,
             open_tickets=sum(end.num_open_tickets for end in self.kv_ends),
+            step_age_ms=int(self.engine.step_age_s * 1000),
         )
         for leg in self.active_legs:
             leg.add_load(load)

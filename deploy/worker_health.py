@@ -6,7 +6,6 @@ service "liveness"     SERVING while it computes: NOT_SERVING when one step has 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,23 +18,12 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 LIVENESS = "liveness"
-# A step of the slowest model that is any use takes a minute.
-STUCK_STEP_S = 300.0
+# Routers give such a worker up after two minutes; it gets as long again to come back by itself.
+STUCK_STEP_S = 240.0
 
 
-def add_health(
-    server: grpc.aio.Server,
-    engine: Engine,
-    is_draining: Callable[[], bool],
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
-    """`clock` is that of `Engine.computing_since_s`."""
-
-    def is_computing() -> bool:
-        since_s = engine.computing_since_s
-        return since_s is None or clock() - since_s < STUCK_STEP_S
-
-    services = {"": lambda: not is_draining(), LIVENESS: is_computing}
+def add_health(server: grpc.aio.Server, engine: Engine, is_draining: Callable[[], bool]) -> None:
+    services = {"": lambda: not is_draining(), LIVENESS: lambda: engine.step_age_s < STUCK_STEP_S}
     health_pb2_grpc.add_HealthServicer_to_server(_HealthServicer(services), server)
 
 

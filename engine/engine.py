@@ -63,10 +63,10 @@ class Engine:
         if group is not None and group.shard.rank == 0:
             forward = _on_all_ranks(forward, group)
         self._forward: Forward | None = forward
-        # When the pass under way began, on the monotonic clock; None while there is none.
-        self.computing_since_s: float | None = None
         # The number of compute threads is a property of the thread that starts them.
         self._executor = ThreadPoolExecutor(1, "engine", initializer=torch.set_num_threads, initargs=(threads,))
+        # When the step under way began, on the monotonic clock; None between steps.
+        self._step_began_s: float | None = None
 
     @classmethod
     def load(
@@ -93,6 +93,12 @@ class Engine:
         backend = make_kernels(shard.of(config), cache, rotary, threads=threads, device=cache.device.type, kernels=kernels)
         decoder = Decoder(load_weights(model_dir, config, formats, shard), backend, group)
         return cls(config, cache.layout, BlockPool(cache.num_blocks), decoder, group, threads=threads)
+
+    @property
+    def step_age_s(self) -> float:
+        """How long the step that is being computed has taken so far; 0 between steps."""
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     @property
     def decoder(self) -> Decoder:
@@ -163,14 +169,14 @@ class Engine:
         if (forward := self._forward) is None:
             raise InternalError("the engine is closed")
         tokens: list[GeneratedToken | None] = [None] * len(chunks)
-        self.computing_since_s = time.monotonic()
+        self._step_began_s = time.monotonic()
         try:
             with torch.inference_mode():
                 step = prepare_step(chunks, self.layout)
                 logits = forward(step, on_layer)
                 sampled = sample(logits.cpu(), [chunks[index].sequence for index in step.sampled_chunks])
         finally:
-            self.computing_since_s = None
+            self._step_began_s = None
         for index, token in zip(step.sampled_chunks, sampled, strict=True):
             tokens[index] = token
         return tokens

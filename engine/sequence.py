@@ -15,7 +15,16 @@ class Sequence:
     A sequence may start with tokens that were generated elsewhere: num_prompt_tokens < len(token_ids).
     """
 
-    __slots__ = ("key", "lease", "num_computed", "num_prompt_tokens", "penalties", "sampling", "token_ids")
+    __slots__ = (
+        "key",
+        "lease",
+        "num_computed",
+        "num_initial_tokens",
+        "num_prompt_tokens",
+        "penalties",
+        "sampling",
+        "token_ids",
+    )
 
     def __init__(
         self,
@@ -31,6 +40,8 @@ class Sequence:
         # Prompt, then what was generated so far.
         self.token_ids = token_ids
         self.num_prompt_tokens = len(token_ids) if num_prompt_tokens is None else num_prompt_tokens
+        # The prompt and what was generated elsewhere.
+        self.num_initial_tokens = len(token_ids)
         self.sampling = sampling
         self.lease = lease
         # Leading tokens whose KV is in the cache.

@@ -24,8 +24,8 @@ class BlockSink(Protocol):
 
 
 class OutgoingKV:
-    def __init__(self, num_layers: int, num_prompt_tokens: int) -> None:
-        self._num_prompt_tokens = num_prompt_tokens
+    def __init__(self, num_layers: int, num_initial_tokens: int) -> None:
+        self._num_initial_tokens = num_initial_tokens
         self._source_blocks: Sequence[int] = ()
         self._sink: BlockSink | None = None
         # Per layer: tokens from the prompt's start; the sink's blocks that it was given.
@@ -55,7 +55,7 @@ class OutgoingKV:
             return
         start, num_tokens = self._sent[layer], self._computed[layer]
         # The prompt's last block goes out although it may not be full.
-        whole_prompt = num_tokens >= self._num_prompt_tokens
+        whole_prompt = num_tokens >= self._num_initial_tokens
         end = -(-num_tokens // self._sink.block_size) if whole_prompt else num_tokens // self._sink.block_size
         if start < end:
             self._sink.send(layer, self._source_blocks, range(start, end))

@@ -24,10 +24,10 @@ def plan_chunks(remaining: Sequence[int], max_tokens: int) -> list[int]:
 _MIN_PULLED_TOKENS = 16
 
 
-def plan_pull(num_computed: int, num_prompt_tokens: int, num_decode_tokens: int, block_size: int) -> range:
-    """The prompt's blocks to fetch from the decode worker, which has the KV of the first `num_decode_tokens` tokens; none where
-    it is not worth it. The prompt's last token is always computed here: its logits are what the prompt is computed for.
+def plan_pull(num_computed: int, num_initial_tokens: int, num_decode_tokens: int, block_size: int) -> range:
+    """The blocks to fetch from the decode worker, which has the KV of the first `num_decode_tokens` tokens; none where it is
+    not worth it. The last token is always computed here: its logits are what the prompt is computed for.
     """
     start = num_computed // block_size
-    stop = min(num_decode_tokens, num_prompt_tokens - 1) // block_size
+    stop = min(num_decode_tokens, num_initial_tokens - 1) // block_size
     return range(start, stop) if stop * block_size - num_computed >= _MIN_PULLED_TOKENS else range(0)

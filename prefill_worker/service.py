@@ -116,9 +116,11 @@ class PrefillService:
         job = PrefillJob(
             key=message.key,
             link=link,
-            sequence=Sequence(message.key.sequence_id, token_ids, sampling),
+            sequence=Sequence(
+                message.key.sequence_id, token_ids, sampling, num_prompt_tokens=len(token_ids) - message.num_output_tokens
+            ),
             hands_over=message.hand_over,
-            block_hashes=block_hashes(token_ids, layout.block_size),
+            block_hashes=block_hashes(token_ids, layout.block_size, message.cache_salt),
             outgoing=OutgoingKV(layout.num_layers, len(token_ids)),
             num_decode_ranks=message.num_decode_ranks,
         )
@@ -210,8 +212,8 @@ class PrefillService:
         while self._waiting:
             job = self._waiting[0]
             # At least the last token is computed anew: its logits are what the prompt is computed for.
-            num_reusable = (job.sequence.num_prompt_tokens - 1) // layout.block_size
-            num_blocks = layout.num_blocks_for(job.sequence.num_prompt_tokens)
+            num_reusable = (job.sequence.num_initial_tokens - 1) // layout.block_size
+            num_blocks = layout.num_blocks_for(job.sequence.num_initial_tokens)
             lease = pool.lease(num_blocks, job.block_hashes[:num_reusable])
             if lease is None:
                 return
@@ -234,7 +236,7 @@ class PrefillService:
             return range(0)
         num_decode_tokens = job.opened.wanted.start * job.opened.block_size
         sequence = job.sequence
-        return plan_pull(sequence.num_computed, sequence.num_prompt_tokens, num_decode_tokens, self._engine.layout.block_size)
+        return plan_pull(sequence.num_computed, sequence.num_initial_tokens, num_decode_tokens, self._engine.layout.block_size)
 
     def _begin_pull(self, job: PrefillJob) -> None:
         self._pulling.append(job)
@@ -300,7 +302,7 @@ class PrefillService:
         for job, token in zip(jobs, tokens, strict=True):
             self._publish(job)
             if token is not None:
-                self._num_prefilled_tokens += job.sequence.num_prompt_tokens - job.cached_tokens - job.pulled_tokens
+                self._num_prefilled_tokens += job.sequence.num_initial_tokens - job.cached_tokens - job.pulled_tokens
                 self._stop_computing(job)
                 if not job.first_token.done():  # it is, when the job was cancelled during the step
                     job.first_token.set_result(token)

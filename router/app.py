@@ -41,6 +41,7 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
                 workers,
                 settings.model_name,
                 max_active=settings.max_active_requests,
+                max_attempts=settings.max_attempts,
                 timeout_s=settings.request_timeout_s,
             )
             async with Front(settings, tokenizer, model_config, coordinator) as front:

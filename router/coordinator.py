@@ -1,25 +1,57 @@
 """Serves one sequence: the whole of a request's way through the cluster, read from top to bottom.
 
     place → reserve on decode (ticket) ∥ start prefill → first token to the client → receipt → decode tokens → release
+      ↑                                                                                                         │
+      └── a worker is lost, hangs, or a hand-over fails: prompt + tokens so far, on other workers ←─────────────┘
 
-Both legs are dispatched at once; the ticket is forwarded to prefill as soon as decode grants it. Whatever ends the sequence,
-leaving `serve` cancels on both workers what is left of it.
+Both legs are dispatched at once; the ticket is forwarded to prefill as soon as decode grants it. Whatever ends an attempt
+cancels on both workers what is left of it. The client sees one stream of tokens, whichever attempts made them: sampling depends
+on the tokens and (seed, position) alone, so that another pair of workers goes on exactly where the first one stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
+from router.attempt import Attempt
 from router.placement import Policy, least_loaded, place
-from router.sequence import SequencePath, SequenceRequest, TokenStep
-from router.workers import LineEvent, WorkerLink, Workers
-from segue.errors import DeadlineExceeded, Overloaded, SegueError
+from router.sequence import FailedAttempt, SequencePath, SequenceRequest, TokenStep
+from router.workers import WorkerLink, Workers, charged
+from segue.errors import NoWorker, Overloaded, SegueError, TransferError, error_from_code
 from segue.lifecycle import Phase
-from segue.v1 import inference_pb2, worker_pb2
-from segue.wire import finish_reason_from_pb, sampling_to_pb, token_from_pb
+from segue.v1 import inference_pb2
+
+logger = logging.getLogger(__name__)
+
+# A worker that died is started again. How long a sequence waits for that when no other has the role, from the moment at which
+# one was last there: one that lost its worker, and one that has not begun.
+FAILOVER_PATIENCE_S = 60.0
+ARRIVAL_PATIENCE_S = 10.0
+
+Pair = tuple[WorkerLink, WorkerLink]
+
+
+@dataclass(slots=True)
+class _Serving:
+    """A sequence as far as it has come."""
+
+    request: SequenceRequest
+    path: SequencePath
+    # On the loop's clock.
+    deadline_s: float
+    # The prompt and the answer so far.
+    token_ids: list[int]
+    # Workers of failed hand-overs, of which one is at fault.
+    suspects: set[str] = field(default_factory=set)
+
+    @property
+    def num_tokens_left(self) -> int:
+        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - len(self.token_ids)
 
 
 class Coordinator:
@@ -31,12 +63,14 @@ class Coordinator:
         model_name: str,
         *,
         max_active: int,
+        max_attempts: int,
         timeout_s: float,
         policy: Policy = least_loaded,
     ) -> None:
         self._workers = workers
         self._model_name = model_name
         self._max_active = max_active
+        self._max_attempts = max_attempts
         self._timeout_s = timeout_s
         self._policy = policy
         self._num_active = 0
@@ -44,17 +78,33 @@ class Coordinator:
     async def serve(self, request: SequenceRequest, path: SequencePath) -> AsyncGenerator[TokenStep, None]:
         """See SequenceServer.serve."""
         try:
-            with self._admitted(), self._placed(request, path) as attempt, attempt.lines():
-                attempt.dispatch()
+            with self._admitted():
+                serving = self._begin(request, path)
                 while not path.lifecycle.is_over:
-                    for step in attempt.hear(await attempt.next_event()):
-                        yield step
+                    prefill, decode = await self._place(serving)
+                    try:
+                        with charged(prefill, decode, len(serving.token_ids)) as charge:
+                            attempt = Attempt(request, tuple(serving.token_ids), prefill, decode, charge, path)
+                            with attempt.lines():
+                                attempt.dispatch()
+                                while not path.lifecycle.is_over:
+                                    for step in await attempt.next_steps(serving.deadline_s):
+                                        serving.token_ids += [token.token_id for token in step.tokens]
+                                        yield step
+                    except SegueError as error:
+                        self._fail_over(error, serving)
         except SegueError:
             path.lifecycle.enter(Phase.FAILED)
             raise
         finally:
             if not path.lifecycle.is_over:
                 path.lifecycle.enter(Phase.CANCELLED)
+
+    def _begin(self, request: SequenceRequest, path: SequencePath) -> _Serving:
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
+        if request.deadline_s is not None:
+            deadline_s = min(deadline_s, request.deadline_s)
+        return _Serving(request, path, deadline_s, [*request.prompt_token_ids, *request.output_token_ids])
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -66,22 +116,42 @@ class Coordinator:
         finally:
             self._num_active -= 1
 
-    @contextmanager
-    def _placed(self, request: SequenceRequest, path: SequencePath) -> Iterator[_Attempt]:
-        """Chooses a pair of workers and charges it until the block ends."""
+    async def _place(self, serving: _Serving) -> Pair:
+        """The pair of workers that shall serve the sequence. Where there is none, but was a moment ago, waits for it to come
+        back. Raises NoWorker."""
+        patience_s = FAILOVER_PATIENCE_S if serving.path.failed_attempts else ARRIVAL_PATIENCE_S
+        limit_s = min(serving.deadline_s, self._workers.last_complete_s + patience_s)
+        with self._workers.changed.listening() as changed:
+            while True:
+                try:
+                    return self._choose(serving)
+                except NoWorker as error:
+                    try:
+                        async with asyncio.timeout_at(limit_s):
+                            await changed.wait()
+                    except TimeoutError:
+                        raise error from None
+                    changed.clear()
+
+    def _choose(self, serving: _Serving) -> Pair:
+        """A pair with as few suspects as can be."""
         links = {link.record.worker_id: link for link in self._workers.available()}
-        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
         facts = [link.facts() for link in links.values()]
-        chosen = place(facts, num_prompt_tokens, max_tokens, self._policy)
-        prefill, decode = (links[worker.worker_id] for worker in chosen)
-        prefill.prefill_tokens += num_prompt_tokens
-        decode.decode_sequences += 1
-        attempt = _Attempt(request, prefill, decode, path, deadline_s=asyncio.get_running_loop().time() + self._timeout_s)
-        try:
-            yield attempt
-        finally:
-            decode.decode_sequences -= 1
-            attempt.end_prefill_charge()
+        prefill, decode = place(facts, len(serving.token_ids), serving.num_tokens_left, self._policy, serving.suspects)
+        return links[prefill.worker_id], links[decode.worker_id]
+
+    def _fail_over(self, error: SegueError, serving: _Serving) -> None:
+        """Prepares another attempt. Raises `error` when it cannot help, or too many have failed."""
+        path = serving.path
+        if not error.retryable:
+            raise error
+        if path.attempts >= self._max_attempts:
+            raise error_from_code(error.code, f"all {path.attempts} attempts failed, the last one: {error.message}") from error
+        logger.info("%s: attempt %d failed, trying others: %s", serving.request.sequence_id, path.attempts, error.message)
+        if isinstance(error, TransferError):
+            serving.suspects |= {path.prefill_worker, path.decode_worker}
+        path.failed_attempts.append(FailedAttempt(path.prefill_worker, path.decode_worker, error))
+        path.lifecycle.enter(Phase.QUEUED)
 
     def status(self) -> inference_pb2.GetClusterStatusResponse:
         return inference_pb2.GetClusterStatusResponse(
@@ -93,142 +163,9 @@ class Coordinator:
         )
 
     def missing_roles(self) -> list[str]:
-        roles = {role for link in self._workers.available() for role in link.record.roles}
-        return [role for role in ("prefill", "decode") if role not in roles]
+        return self._workers.missing_roles()
 
     @property
     def max_sequence_tokens(self) -> int | None:
         capacity = [link.facts().capacity_tokens for link in self._workers.available() if "decode" in link.record.roles]
         return max(capacity, default=None)
-
-
-class _Attempt:
-    """One try to serve a sequence on one pair of workers."""
-
-    def __init__(
-        self, request: SequenceRequest, prefill: WorkerLink, decode: WorkerLink, path: SequencePath, *, deadline_s: float
-    ) -> None:
-        self._request = request
-        self._prefill = prefill
-        self._decode = decode
-        self._path = path
-        # On the loop's clock.
-        self._deadline_s = deadline_s
-        self._key = worker_pb2.SequenceKey(sequence_id=request.sequence_id, attempt=path.attempts)
-        self._events: asyncio.Queue[LineEvent] = asyncio.Queue()
-        # The workers' links are two streams: decode tokens may overtake the first token, and wait for it here.
-        self._first_token_is_out = False
-        self._held_back: list[TokenStep] = []
-        self._is_charged_to_prefill = True
-        self._decode_has_it = False
-
-    @property
-    def _hands_over(self) -> bool:
-        return self._request.sampling.max_tokens > 1
-
-    @contextmanager
-    def lines(self) -> Iterator[None]:
-        with self._prefill.line(self._key, self._events):
-            if self._hands_over and self._decode is not self._prefill:
-                with self._decode.line(self._key, self._events):
-                    yield
-            else:
-                yield
-
-    def dispatch(self) -> None:
-        """Starts both legs at once."""
-        token_ids, sampling = self._request.prompt_token_ids, sampling_to_pb(self._request.sampling)
-        self._path.prefill_worker = self._prefill.record.worker_id
-        self._path.lifecycle.enter(Phase.RESERVED)
-        if self._hands_over:
-            self._path.decode_worker = self._decode.record.worker_id
-            reserve = worker_pb2.ReserveDecode(
-                key=self._key,
-                token_ids=token_ids,
-                sampling=sampling,
-                prefill_worker_id=self._path.prefill_worker,
-                num_prefill_ranks=self._prefill.record.num_ranks,
-            )
-            self._decode.send(worker_pb2.LinkRequest(reserve_decode=reserve))
-        start = worker_pb2.StartPrefill(
-            key=self._key,
-            token_ids=token_ids,
-            sampling=sampling,
-            hand_over=self._hands_over,
-            num_decode_ranks=self._decode.record.num_ranks,
-        )
-        self._prefill.send(worker_pb2.LinkRequest(start_prefill=start))
-
-    async def next_event(self) -> LineEvent:
-        try:
-            async with asyncio.timeout_at(self._deadline_s):
-                return await self._events.get()
-        except TimeoutError:
-            raise DeadlineExceeded("the request was not finished within the time allowed") from None
-
-    def hear(self, event: LineEvent) -> list[TokenStep]:
-        """Takes the next event; gives the steps that can go to the client now. Raises the error that ends the sequence."""
-        said = event.said
-        if isinstance(said, SegueError):
-            if self._decode_has_it and event.link is not self._decode:
-                return []  # decode holds the whole KV cache: what becomes of prefill no longer matters
-            raise said
-        match said.WhichOneof("message"):
-            case "decode_reserved":
-                self._attach_tickets(said.decode_reserved)
-            case "pull_kv":
-                send = worker_pb2.SendKV(key=self._key, tickets=said.pull_kv.tickets)
-                self._decode.send(worker_pb2.LinkRequest(send_kv=send))
-            case "first_token":
-                return self._first_token(said.first_token)
-            case "decode_started":
-                self._decode_started(said.decode_started)
-            case "step_tokens":
-                (sequence,) = said.step_tokens.sequences
-                step = TokenStep(
-                    tokens=tuple(token_from_pb(token) for token in sequence.tokens),
-                    finish_reason=finish_reason_from_pb(sequence.finish_reason),
-                )
-                return self._in_order([step])
-        return []
-
-    def end_prefill_charge(self) -> None:
-        if self._is_charged_to_prefill:
-            self._prefill.prefill_tokens -= len(self._request.prompt_token_ids)
-            self._is_charged_to_prefill = False
-
-    def _attach_tickets(self, reserved: worker_pb2.DecodeReserved) -> None:
-        attach = worker_pb2.AttachTickets(key=self._key, tickets=reserved.tickets)
-        self._prefill.send(worker_pb2.LinkRequest(attach_tickets=attach))
-        if self._path.lifecycle.phase is Phase.RESERVED:
-            self._path.lifecycle.enter(Phase.PREFILLING)
-
-    def _first_token(self, first: worker_pb2.FirstToken) -> list[TokenStep]:
-        self.end_prefill_charge()
-        self._path.prefill_cached_tokens = first.cached_tokens
-        self._path.prefill_pulled_tokens = first.pulled_tokens
-        self._path.lifecycle.enter(Phase.TRANSFERRING)
-        self._first_token_is_out = True
-        self._enter_decoding()
-        step = TokenStep((token_from_pb(first.token),), finish_reason_from_pb(first.finish_reason))
-        held_back, self._held_back = self._held_back, []
-        return self._in_order([step, *held_back])
-
-    def _decode_started(self, started: worker_pb2.DecodeStarted) -> None:
-        self._path.decode_cached_tokens = started.cached_tokens
-        self._path.transferred_bytes = started.transferred_bytes
-        self._path.transport = started.transport
-        self._decode_has_it = True
-        self._enter_decoding()
-
-    def _enter_decoding(self) -> None:
-        if self._decode_has_it and self._path.lifecycle.phase is Phase.TRANSFERRING:
-            self._path.lifecycle.enter(Phase.DECODING)
-
-    def _in_order(self, steps: list[TokenStep]) -> list[TokenStep]:
-        if not self._first_token_is_out:
-            self._held_back += steps
-            return []
-        if steps[-1].finish_reason is not None:
-            self._path.lifecycle.enter(Phase.FINISHED)
-        return steps

@@ -50,6 +50,7 @@ class Front:
                 f"config.json a vocab_size of {model_config.vocab_size}"
             )
         self._settings = settings
+        self.server = server
         self._exits = AsyncExitStack()
         self._http_port = self._grpc_port = 0
         self.metrics = Metrics(server)

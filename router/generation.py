@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from router.merge import merge
 from router.options import GenerationSpec
-from router.sequence import SequencePath, SequenceRequest, SequenceServer, TokenStep
+from router.sequence import SequencePath, SequenceServer, TokenStep
 from router.text import StopStrings, Tokenizer
 from segue.errors import InternalError
 from segue.sampling import FinishReason, GeneratedToken
@@ -77,7 +77,7 @@ async def _serve_choice(
     if choice > 0:
         await first_token.wait()
     path = paths[choice] = SequencePath()
-    request = SequenceRequest(f"{spec.request_id}-{choice}", spec.prompt_token_ids, spec.sampling_of(choice))
+    request = spec.sequence_of(choice)
     text = _ChoiceText(tokenizer, spec)
     async with aclosing(server.serve(request, path)) as steps:
         async for step in steps:

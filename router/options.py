@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from router.caller import ANONYMOUS, Caller
+from router.sequence import SequenceRequest
 from segue.errors import InvalidRequest
 from segue.sampling import SamplingParams
 
@@ -58,6 +60,21 @@ class GenerationSpec:
     stop: tuple[str, ...] = ()
     # The answer goes on where the prompt's text ends, so that its leading space counts.
     continues_text: bool = True
+    # Tokens of each choice that were generated before; those of choices without any may be left out.
+    output_token_ids: tuple[tuple[int, ...], ...] = ()
+    caller: Caller = ANONYMOUS
+    # On the running loop's clock.
+    deadline_s: float | None = None
+
+    def sequence_of(self, choice: int) -> SequenceRequest:
+        return SequenceRequest(
+            f"{self.request_id}-{choice}",
+            self.prompt_token_ids,
+            self.sampling_of(choice),
+            self.output_token_ids[choice] if choice < len(self.output_token_ids) else (),
+            self.caller,
+            self.deadline_s,
+        )
 
     def sampling_of(self, choice: int) -> SamplingParams:
         return replace(self.sampling, seed=choice_seed(self.sampling.seed, choice))

@@ -6,7 +6,7 @@ spreads even before any worker has reported load.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from segue.errors import InvalidRequest, NoWorker
@@ -49,9 +49,15 @@ def least_loaded(pairs: Sequence[Pair]) -> Pair:
     return min(pairs, key=load)
 
 
-def place(workers: Sequence[WorkerFacts], num_prompt_tokens: int, max_tokens: int, policy: Policy = least_loaded) -> Pair:
+def place(
+    workers: Sequence[WorkerFacts],
+    num_prompt_tokens: int,
+    max_tokens: int,
+    policy: Policy = least_loaded,
+    suspects: Set[str] = frozenset(),
+) -> Pair:
     """The (prefill, decode) pair for a sequence. A worker with both roles is only paired with itself: handing over within it
-    costs nothing.
+    costs nothing. Of the pairs that can serve it, the policy sees those with the fewest `suspects`, which are worker ids.
 
     Raises NoWorker when a role is missing or no two workers fit together, InvalidRequest when the sequence fits in none.
     """
@@ -76,4 +82,9 @@ def place(workers: Sequence[WorkerFacts], num_prompt_tokens: int, max_tokens: in
     ]
     if not fitting:
         raise InvalidRequest("max_tokens", "prompt and output exceed the KV memory of every worker")
-    return policy(fitting)
+
+    def num_suspects(pair: Pair) -> int:
+        return len(suspects & {worker.worker_id for worker in pair})
+
+    fewest = min(map(num_suspects, fitting))
+    return policy([pair for pair in fitting if num_suspects(pair) == fewest])

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from router.caller import ANONYMOUS, Caller
+from segue.errors import SegueError
 from segue.lifecycle import Lifecycle, Phase
 from segue.sampling import FinishReason, GeneratedToken, SamplingParams
 from segue.v1 import inference_pb2 as pb
@@ -22,11 +24,25 @@ class SequenceRequest:
     sequence_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    # Tokens of the answer that were generated before; serving goes on after them. max_tokens counts them.
+    output_token_ids: tuple[int, ...] = ()
+    caller: Caller = ANONYMOUS
+    # On the running loop's clock; None: the router's own limit.
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """Workers that could not serve a sequence (to its end), and why."""
+
+    prefill_worker: str
+    decode_worker: str
+    error: SegueError
 
 
 @dataclass(slots=True)
 class SequencePath:
-    """Filled in while the sequence is served: which way it took."""
+    """Filled in while the sequence is served: which way it took. Workers, transport, numbers: those of the last attempt."""
 
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     prefill_worker: str = ""
@@ -36,7 +52,11 @@ class SequencePath:
     prefill_pulled_tokens: int = 0
     decode_cached_tokens: int = 0
     transferred_bytes: int = 0
-    attempts: int = 1
+    failed_attempts: list[FailedAttempt] = field(default_factory=list)
+
+    @property
+    def attempts(self) -> int:
+        return len(self.failed_attempts) + 1
 
     def to_pb(self) -> pb.RequestPath:
         seconds = self.lifecycle.seconds

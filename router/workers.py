@@ -1,8 +1,8 @@
 """The router's end of its links: one for each worker, opened when membership shows it, closed when it is lost.
 
 A sequence takes part through a *line*: it sends to one worker and hears, in order, what that worker says of it. When the link
-breaks, or the worker's lease lapses, each of its lines hears WorkerLost. Nothing is asked twice: a broken link has cancelled,
-on the worker, all that came over it.
+breaks, the worker says nothing or does not get on, or its lease lapses, each of its lines hears WorkerLost. Nothing is asked
+twice: a broken link has cancelled, on the worker, all that came over it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ MEMBERSHIP_INTERVAL_S = 0.5
 ABSENCE_GRACE_S = 1.5
 
 
+# How often the links are looked after.
+TICK_S = 0.25
+# A worker tells its load every half second, whatever it computes. One that says nothing for so many ticks hangs, or cannot be
+# reached. Ticks of this process, not seconds: a router that was stopped itself blames nobody.
+MAX_SILENT_TICKS = 10
+# A worker that talks, but whose step does not end, hangs on its device.
+MAX_STEP_S = 120.0
+
+
 @dataclass(frozen=True, slots=True)
 class LineEvent:
     """What a line hears: a message of its worker, or the error that ends it there."""
@@ -50,6 +59,7 @@ class WorkerLink:
         self.draining = record.draining
         # When membership stopped showing the worker, on the monotonic clock.
         self.absent_since_s: float | None = None
+        self._num_silent_ticks = 0
         # Charged by the coordinator, for as long as a sequence has the worker on that side.
         self.prefill_tokens = 0
         self.decode_sequences = 0
@@ -63,7 +73,20 @@ class WorkerLink:
 
     @property
     def is_available(self) -> bool:
-        return self.is_open and not self.draining
+        return self.is_open and not self.draining and not self._is_stuck
+
+    @property
+    def _is_stuck(self) -> bool:
+        return self.load.step_age_ms > MAX_STEP_S * 1000
+
+    @property
+    def is_silent(self) -> bool:
+        return self._num_silent_ticks > MAX_SILENT_TICKS
+
+    def tick(self) -> None:
+        """To be called every TICK_S."""
+        if self.is_open:
+            self._num_silent_ticks += 1
 
     def send(self, message: worker_pb2.LinkRequest) -> None:
         self._outbox.put_nowait(message)
@@ -81,7 +104,7 @@ class WorkerLink:
             self.send(worker_pb2.LinkRequest(cancel=worker_pb2.CancelSequence(key=key)))
 
     async def run(self, wakeups: Wakeups) -> None:
-        """Serves the link until it breaks; all lines then hear WorkerLost."""
+        """Serves the link until it breaks or this is cancelled; all lines then hear WorkerLost."""
         reason = "its link closed"
         try:
             async with grpc.aio.insecure_channel(self.record.address, options=LINK_OPTIONS) as channel:
@@ -97,8 +120,11 @@ class WorkerLink:
         finally:
             self.is_open = False
             wakeups.notify()
-            for events in self._lines.values():
-                events.put_nowait(LineEvent(self, WorkerLost(f"worker {self.name} was lost: {reason}")))
+            self._lose_all(f"it said nothing for {MAX_SILENT_TICKS * TICK_S:g} s" if self.is_silent else reason)
+
+    def _lose_all(self, reason: str) -> None:
+        for events in self._lines.values():
+            events.put_nowait(LineEvent(self, WorkerLost(f"worker {self.name} was lost: {reason}")))
 
     async def _requests(self) -> AsyncIterator[worker_pb2.LinkRequest]:
         yield worker_pb2.LinkRequest(open=worker_pb2.OpenLink(router_id=self._router_id))
@@ -106,6 +132,7 @@ class WorkerLink:
             yield await self._outbox.get()
 
     def _deliver(self, message: worker_pb2.LinkResponse) -> None:
+        self._num_silent_ticks = 0
         match message.WhichOneof("message"):
             case "opened":
                 if message.opened.worker.epoch != self.record.epoch:
@@ -113,6 +140,8 @@ class WorkerLink:
                 self.is_open = True
             case "load":
                 self.load = message.load
+                if self._is_stuck:
+                    self._lose_all(f"a step of it has not ended for {MAX_STEP_S:g} s")
             case "draining":
                 self.draining = True
             case "step_tokens":
@@ -156,6 +185,37 @@ class WorkerLink:
         )
 
 
+class Charge:
+    """What one sequence adds to the load of its workers, as this router counts it."""
+
+    def __init__(self, prefill: WorkerLink, decode: WorkerLink, num_tokens: int) -> None:
+        self._prefill: WorkerLink | None = prefill
+        self._decode = decode
+        self._num_tokens = num_tokens
+        prefill.prefill_tokens += num_tokens
+        decode.decode_sequences += 1
+
+    def end_prefill(self) -> None:
+        """The prompt is computed. Doing it twice does no harm."""
+        if self._prefill is not None:
+            self._prefill.prefill_tokens -= self._num_tokens
+            self._prefill = None
+
+    def end(self) -> None:
+        self.end_prefill()
+        self._decode.decode_sequences -= 1
+
+
+@contextmanager
+def charged(prefill: WorkerLink, decode: WorkerLink, num_tokens: int) -> Iterator[Charge]:
+    """Charges both workers until the block ends."""
+    charge = Charge(prefill, decode, num_tokens)
+    try:
+        yield charge
+    finally:
+        charge.end()
+
+
 class Workers:
     """All workers that this router knows: membership says who should be there, links say who is."""
 
@@ -169,12 +229,14 @@ class Workers:
         # Told whenever a link opens or breaks, or membership was read.
         self.changed = Wakeups()
         self.membership_fresh = False
+        # When each role last had an available worker, on the loop's clock.
+        self.last_complete_s = float("-inf")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Workers]:
         """Follows membership until the block ends, then closes every link."""
         try:
-            async with background(self._follow()):
+            async with background(self._follow(), self._look_after()):
                 yield self
         finally:
             for task in self._tasks.values():
@@ -184,6 +246,10 @@ class Workers:
     def available(self) -> list[WorkerLink]:
         return [link for link in self._links.values() if link.is_available]
 
+    def missing_roles(self) -> list[str]:
+        roles = {role for link in self.available() for role in link.record.roles}
+        return [role for role in ("prefill", "decode") if role not in roles]
+
     def all(self) -> list[WorkerLink]:
         return list(self._links.values())
 
@@ -191,6 +257,16 @@ class Workers:
         async with aclosing(self._membership.changes(MEMBERSHIP_INTERVAL_S)) as changes:
             async for _ in changes:
                 await self._look()
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            for link, task in self._tasks.items():
+                link.tick()
+                if link.is_silent:
+                    task.cancel()
+            if not self.missing_roles():
+                self.last_complete_s = asyncio.get_running_loop().time()
 
     async def _look(self) -> None:
         try:

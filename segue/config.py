@@ -159,6 +159,8 @@ class RouterSettings(Settings):
     request_timeout_s: float = Field(600.0, gt=0)
     # How long a router that was told to stop waits for the requests it has.
     drain_s: float = Field(10.0, ge=0)
+    # How often a request may be started in all, when workers are lost or hand-overs fail.
+    max_attempts: int = Field(8, ge=1)
 
 
 class WorkerSettings(EngineSettings):

@@ -1,6 +1,7 @@
 """The life of a sequence, owned by the router. Its timestamps are the metrics.
 
     QUEUED → RESERVED → PREFILLING → TRANSFERRING → DECODING → FINISHED
+    RESERVED…DECODING → QUEUED      a worker was lost or a hand-over failed: a new attempt, on other workers
 
 RESERVED means that both legs were dispatched; PREFILLING that decode granted its ticket; TRANSFERRING that the first token
 is out and decode has not yet acknowledged the KV cache. A sequence whose first token is its last goes to FINISHED from there.
@@ -37,6 +38,8 @@ TERMINAL = frozenset({Phase.FINISHED, Phase.FAILED, Phase.CANCELLED})
 TRANSITIONS = {phase: nexts | {Phase.FAILED, Phase.CANCELLED} for phase, nexts in _FORWARD.items()} | {
     phase: set() for phase in TERMINAL
 }
+for _phase in _FORWARD.keys() - {Phase.QUEUED}:
+    TRANSITIONS[_phase].add(Phase.QUEUED)
 
 
 @dataclass(slots=True)
@@ -45,11 +48,11 @@ class Lifecycle:
 
     clock: Callable[[], float] = time.monotonic
     phase: Phase = Phase.QUEUED
-    # Seconds on `clock`; a phase that was skipped is missing.
-    entered_s: dict[Phase, float] = field(default_factory=dict)
+    # Every phase in the order of entering, with the seconds on `clock`; a new attempt begins with QUEUED.
+    history: list[tuple[Phase, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.entered_s[self.phase] = self.clock()
+        self.history.append((self.phase, self.clock()))
 
     @property
     def is_over(self) -> bool:
@@ -60,10 +63,13 @@ class Lifecycle:
         if phase not in TRANSITIONS[self.phase]:
             raise ValueError(f"no transition from {self.phase.value} to {phase.value}")
         self.phase = phase
-        self.entered_s[phase] = self.clock()
+        self.history.append((phase, self.clock()))
 
     def seconds(self, start: Phase, end: Phase) -> float | None:
-        """Time from entering `start` to entering `end`; None unless both were entered."""
-        if start not in self.entered_s or end not in self.entered_s:
-            return None
-        return self.entered_s[end] - self.entered_s[start]
+        """Time from first entering `start` to first entering `end`, further attempts included: what the client felt. None
+        unless both were entered."""
+        start_s, end_s = self._first_s(start), self._first_s(end)
+        return None if start_s is None or end_s is None else end_s - start_s
+
+    def _first_s(self, phase: Phase) -> float | None:
+        return next((entered_s for entered, entered_s in self.history if entered is phase), None)

@@ -11,8 +11,8 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from segue.errors import SegueError
 
@@ -97,6 +97,15 @@ class Wakeups:
         event = asyncio.Event()
         self._listeners.append(event)
         return event
+
+    @contextmanager
+    def listening(self) -> Iterator[asyncio.Event]:
+        """A listener for as long as the block runs."""
+        event = self.listener()
+        try:
+            yield event
+        finally:
+            self._listeners.remove(event)
 
     def notify(self) -> None:
         for event in self._listeners:

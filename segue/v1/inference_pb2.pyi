@@ -768,6 +768,7 @@ class WorkerLoad(_message.Message):
     FAILED_TRANSFERS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     OPEN_TICKETS_FIELD_NUMBER: _builtins.int
+    STEP_AGE_MS_FIELD_NUMBER: _builtins.int
     waiting_requests: _builtins.int
     running_requests: _builtins.int
     queued_tokens: _builtins.int
@@ -786,6 +787,8 @@ class WorkerLoad(_message.Message):
     preemptions: _builtins.int
     open_tickets: _builtins.int
     """Tickets, given out or received, that are not over: until then what they name is held."""
+    step_age_ms: _builtins.int
+    """How long the step that is being computed has taken so far; 0 between steps."""
     def __init__(
         self,
         *,
@@ -804,10 +807,11 @@ class WorkerLoad(_message.Message):
         failed_transfers: _builtins.int = ...,
         preemptions: _builtins.int = ...,
         open_tickets: _builtins.int = ...,
+        step_age_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decoded_tokens", b"decoded_tokens", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "total_blocks", b"total_blocks", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decoded_tokens", b"decoded_tokens", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "step_age_ms", b"step_age_ms", "total_blocks", b"total_blocks", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

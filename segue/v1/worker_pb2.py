@@ -26,7 +26,7 @@ from segue.v1 import inference_pb2 as segue_dot_v1_dot_inference__pb2
 from segue.v1 import transfer_pb2 as segue_dot_v1_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15segue/v1/worker.proto\x12\x08segue.v1\x1a\x18segue/v1/inference.proto\x1a\x17segue/v1/transfer.proto\"\xa4\x02\n\x0bLinkRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.segue.v1.OpenLinkH\x00\x12/\n\rstart_prefill\x18\x02 \x01(\x0b\x32\x16.segue.v1.StartPrefillH\x00\x12\x31\n\x0e\x61ttach_tickets\x18\x03 \x01(\x0b\x32\x17.segue.v1.AttachTicketsH\x00\x12\x31\n\x0ereserve_decode\x18\x04 \x01(\x0b\x32\x17.segue.v1.ReserveDecodeH\x00\x12*\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x18.segue.v1.CancelSequenceH\x00\x12#\n\x07send_kv\x18\x06 \x01(\x0b\x32\x10.segue.v1.SendKVH\x00\x42\t\n\x07message\"\x1d\n\x08OpenLink\x12\x11\n\trouter_id\x18\x01 \x01(\t\"3\n\x0bSequenceKey\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x80\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12\x35\n\nlogit_bias\x18\n \x03(\x0b\x32!.segue.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x19\n\x0cnum_logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0f\n\r_num_logprobs\"\x98\x01\n\x0cStartPrefill\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.segue.v1.Sampling\x12\x11\n\thand_over\x18\x04 \x01(\x08\x12\x18\n\x10num_decode_ranks\x18\x05 \x01(\r\"V\n\rAttachTickets\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12!\n\x07tickets\x18\x02 \x03(\x0b\x32\x10.segue.v1.Ticket\"\xa2\x01\n\rReserveDecode\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.segue.v1.Sampling\x12\x19\n\x11prefill_worker_id\x18\x04 \x01(\t\x12\x19\n\x11num_prefill_ranks\x18\x05 \x01(\r\"O\n\x06SendKV\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12!\n\x07tickets\x18\x02 \x03(\x0b\x32\x10.segue.v1.Ticket\"4\n\x0e\x43\x61ncelSequence\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\"\xdf\x03\n\x0cLinkResponse\x12&\n\x06opened\x18\x01 \x01(\x0b\x32\x14.segue.v1.LinkOpenedH\x00\x12+\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x14.segue.v1.FirstTokenH\x00\x12\x35\n\x10prefill_released\x18\x03 \x01(\x0b\x32\x19.segue.v1.PrefillReleasedH\x00\x12\x33\n\x0f\x64\x65\x63ode_reserved\x18\x04 \x01(\x0b\x32\x18.segue.v1.DecodeReservedH\x00\x12\x31\n\x0e\x64\x65\x63ode_started\x18\x05 \x01(\x0b\x32\x17.segue.v1.DecodeStartedH\x00\x12+\n\x0bstep_tokens\x18\x06 \x01(\x0b\x32\x14.segue.v1.StepTokensH\x00\x12*\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x18.segue.v1.SequenceFailedH\x00\x12$\n\x04load\x18\x08 \x01(\x0b\x32\x14.segue.v1.WorkerLoadH\x00\x12,\n\x08\x64raining\x18\t \x01(\x0b\x32\x18.segue.v1.WorkerDrainingH\x00\x12#\n\x07pull_kv\x18\n \x01(\x0b\x32\x10.segue.v1.PullKVH\x00\x42\t\n\x07message\"4\n\nLinkOpened\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.segue.v1.WorkerRecord\"\xad\x01\n\nFirstToken\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x1e\n\x05token\x18\x02 \x01(\x0b\x32\x0f.segue.v1.Token\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.segue.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x15\n\rpulled_tokens\x18\x05 \x01(\r\"5\n\x0fPrefillReleased\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\"W\n\x0e\x44\x65\x63odeReserved\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12!\n\x07tickets\x18\x02 \x03(\x0b\x32\x10.segue.v1.Ticket\"O\n\x06PullKV\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12!\n\x07tickets\x18\x02 \x03(\x0b\x32\x10.segue.v1.Ticket\"x\n\rDecodeStarted\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x03 \x01(\x04\x12\x11\n\ttransport\x18\x04 \x01(\t\"9\n\nStepTokens\x12+\n\tsequences\x18\x01 \x03(\x0b\x32\x18.segue.v1.SequenceTokens\"\x84\x01\n\x0eSequenceTokens\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x1f\n\x06tokens\x18\x02 \x03(\x0b\x32\x0f.segue.v1.Token\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.segue.v1.FinishReason\"S\n\x0eSequenceFailed\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x10\n\x0eWorkerDraining\"\x8e\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x08 \x01(\t\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x12\x11\n\tnum_ranks\x18\x0e \x01(\r2J\n\rWorkerService\x12\x39\n\x04Link\x12\x15.segue.v1.LinkRequest\x1a\x16.segue.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15segue/v1/worker.proto\x12\x08segue.v1\x1a\x18segue/v1/inference.proto\x1a\x17segue/v1/transfer.proto\"\xa4\x02\n\x0bLinkRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.segue.v1.OpenLinkH\x00\x12/\n\rstart_prefill\x18\x02 \x01(\x0b\x32\x16.segue.v1.StartPrefillH\x00\x12\x31\n\x0e\x61ttach_tickets\x18\x03 \x01(\x0b\x32\x17.segue.v1.AttachTicketsH\x00\x12\x31\n\x0ereserve_decode\x18\x04 \x01(\x0b\x32\x17.segue.v1.ReserveDecodeH\x00\x12*\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x18.segue.v1.CancelSequenceH\x00\x12#\n\x07send_kv\x18\x06 \x01(\x0b\x32\x10.segue.v1.SendKVH\x00\x42\t\n\x07message\"\x1d\n\x08OpenLink\x12\x11\n\trouter_id\x18\x01 \x01(\t\"3\n\x0bSequenceKey\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x80\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12\x35\n\nlogit_bias\x18\n \x03(\x0b\x32!.segue.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x19\n\x0cnum_logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0f\n\r_num_logprobs\"\xc7\x01\n\x0cStartPrefill\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.segue.v1.Sampling\x12\x11\n\thand_over\x18\x04 \x01(\x08\x12\x18\n\x10num_decode_ranks\x18\x05 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x06 \x01(\r\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\"V\n\rAttachTickets\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12!\n\x07tickets\x18\x02 \x03(\x0b\x32\x10.segue.v1.Ticket\"\xd1\x01\n\rReserveDecode\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.segue.v1.Sampling\x12\x19\n\x11prefill_worker_id\x18\x04 \x01(\t\x12\x19\n\x11num_prefill_ranks\x18\x05 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x06 \x01(\r\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\"O\n\x06SendKV\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12!\n\x07tickets\x18\x02 \x03(\x0b\x32\x10.segue.v1.Ticket\"4\n\x0e\x43\x61ncelSequence\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\"\xdf\x03\n\x0cLinkResponse\x12&\n\x06opened\x18\x01 \x01(\x0b\x32\x14.segue.v1.LinkOpenedH\x00\x12+\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x14.segue.v1.FirstTokenH\x00\x12\x35\n\x10prefill_released\x18\x03 \x01(\x0b\x32\x19.segue.v1.PrefillReleasedH\x00\x12\x33\n\x0f\x64\x65\x63ode_reserved\x18\x04 \x01(\x0b\x32\x18.segue.v1.DecodeReservedH\x00\x12\x31\n\x0e\x64\x65\x63ode_started\x18\x05 \x01(\x0b\x32\x17.segue.v1.DecodeStartedH\x00\x12+\n\x0bstep_tokens\x18\x06 \x01(\x0b\x32\x14.segue.v1.StepTokensH\x00\x12*\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x18.segue.v1.SequenceFailedH\x00\x12$\n\x04load\x18\x08 \x01(\x0b\x32\x14.segue.v1.WorkerLoadH\x00\x12,\n\x08\x64raining\x18\t \x01(\x0b\x32\x18.segue.v1.WorkerDrainingH\x00\x12#\n\x07pull_kv\x18\n \x01(\x0b\x32\x10.segue.v1.PullKVH\x00\x42\t\n\x07message\"4\n\nLinkOpened\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.segue.v1.WorkerRecord\"\xad\x01\n\nFirstToken\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x1e\n\x05token\x18\x02 \x01(\x0b\x32\x0f.segue.v1.Token\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.segue.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x15\n\rpulled_tokens\x18\x05 \x01(\r\"5\n\x0fPrefillReleased\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\"W\n\x0e\x44\x65\x63odeReserved\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12!\n\x07tickets\x18\x02 \x03(\x0b\x32\x10.segue.v1.Ticket\"O\n\x06PullKV\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12!\n\x07tickets\x18\x02 \x03(\x0b\x32\x10.segue.v1.Ticket\"x\n\rDecodeStarted\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11transferred_bytes\x18\x03 \x01(\x04\x12\x11\n\ttransport\x18\x04 \x01(\t\"9\n\nStepTokens\x12+\n\tsequences\x18\x01 \x03(\x0b\x32\x18.segue.v1.SequenceTokens\"\x84\x01\n\x0eSequenceTokens\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x1f\n\x06tokens\x18\x02 \x03(\x0b\x32\x0f.segue.v1.Token\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.segue.v1.FinishReason\"S\n\x0eSequenceFailed\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.segue.v1.SequenceKey\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x10\n\x0eWorkerDraining\"\x8e\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x1a\n\x12layout_fingerprint\x18\x08 \x01(\t\x12\x13\n\x0bmax_context\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x0c \x01(\r\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x12\x11\n\tnum_ranks\x18\x0e \x01(\r2J\n\rWorkerService\x12\x39\n\x04Link\x12\x15.segue.v1.LinkRequest\x1a\x16.segue.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,39 +46,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=785
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=833
   _globals['_STARTPREFILL']._serialized_start=853
-  _globals['_STARTPREFILL']._serialized_end=1005
-  _globals['_ATTACHTICKETS']._serialized_start=1007
-  _globals['_ATTACHTICKETS']._serialized_end=1093
-  _globals['_RESERVEDECODE']._serialized_start=1096
-  _globals['_RESERVEDECODE']._serialized_end=1258
-  _globals['_SENDKV']._serialized_start=1260
-  _globals['_SENDKV']._serialized_end=1339
-  _globals['_CANCELSEQUENCE']._serialized_start=1341
-  _globals['_CANCELSEQUENCE']._serialized_end=1393
-  _globals['_LINKRESPONSE']._serialized_start=1396
-  _globals['_LINKRESPONSE']._serialized_end=1875
-  _globals['_LINKOPENED']._serialized_start=1877
-  _globals['_LINKOPENED']._serialized_end=1929
-  _globals['_FIRSTTOKEN']._serialized_start=1932
-  _globals['_FIRSTTOKEN']._serialized_end=2105
-  _globals['_PREFILLRELEASED']._serialized_start=2107
-  _globals['_PREFILLRELEASED']._serialized_end=2160
-  _globals['_DECODERESERVED']._serialized_start=2162
-  _globals['_DECODERESERVED']._serialized_end=2249
-  _globals['_PULLKV']._serialized_start=2251
-  _globals['_PULLKV']._serialized_end=2330
-  _globals['_DECODESTARTED']._serialized_start=2332
-  _globals['_DECODESTARTED']._serialized_end=2452
-  _globals['_STEPTOKENS']._serialized_start=2454
-  _globals['_STEPTOKENS']._serialized_end=2511
-  _globals['_SEQUENCETOKENS']._serialized_start=2514
-  _globals['_SEQUENCETOKENS']._serialized_end=2646
-  _globals['_SEQUENCEFAILED']._serialized_start=2648
-  _globals['_SEQUENCEFAILED']._serialized_end=2731
-  _globals['_WORKERDRAINING']._serialized_start=2733
-  _globals['_WORKERDRAINING']._serialized_end=2749
-  _globals['_WORKERRECORD']._serialized_start=2752
-  _globals['_WORKERRECORD']._serialized_end=3022
-  _globals['_WORKERSERVICE']._serialized_start=3024
-  _globals['_WORKERSERVICE']._serialized_end=3098
+  _globals['_STARTPREFILL']._serialized_end=1052
+  _globals['_ATTACHTICKETS']._serialized_start=1054
+  _globals['_ATTACHTICKETS']._serialized_end=1140
+  _globals['_RESERVEDECODE']._serialized_start=1143
+  _globals['_RESERVEDECODE']._serialized_end=1352
+  _globals['_SENDKV']._serialized_start=1354
+  _globals['_SENDKV']._serialized_end=1433
+  _globals['_CANCELSEQUENCE']._serialized_start=1435
+  _globals['_CANCELSEQUENCE']._serialized_end=1487
+  _globals['_LINKRESPONSE']._serialized_start=1490
+  _globals['_LINKRESPONSE']._serialized_end=1969
+  _globals['_LINKOPENED']._serialized_start=1971
+  _globals['_LINKOPENED']._serialized_end=2023
+  _globals['_FIRSTTOKEN']._serialized_start=2026
+  _globals['_FIRSTTOKEN']._serialized_end=2199
+  _globals['_PREFILLRELEASED']._serialized_start=2201
+  _globals['_PREFILLRELEASED']._serialized_end=2254
+  _globals['_DECODERESERVED']._serialized_start=2256
+  _globals['_DECODERESERVED']._serialized_end=2343
+  _globals['_PULLKV']._serialized_start=2345
+  _globals['_PULLKV']._serialized_end=2424
+  _globals['_DECODESTARTED']._serialized_start=2426
+  _globals['_DECODESTARTED']._serialized_end=2546
+  _globals['_STEPTOKENS']._serialized_start=2548
+  _globals['_STEPTOKENS']._serialized_end=2605
+  _globals['_SEQUENCETOKENS']._serialized_start=2608
+  _globals['_SEQUENCETOKENS']._serialized_end=2740
+  _globals['_SEQUENCEFAILED']._serialized_start=2742
+  _globals['_SEQUENCEFAILED']._serialized_end=2825
+  _globals['_WORKERDRAINING']._serialized_start=2827
+  _globals['_WORKERDRAINING']._serialized_end=2843
+  _globals['_WORKERRECORD']._serialized_start=2846
+  _globals['_WORKERRECORD']._serialized_end=3116
+  _globals['_WORKERSERVICE']._serialized_start=3118
+  _globals['_WORKERSERVICE']._serialized_end=3192
 # @@protoc_insertion_point(module_scope)

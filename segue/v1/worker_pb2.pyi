@@ -195,7 +195,7 @@ Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
 class StartPrefill(_message.Message):
-    """Computes the prompt and its first token."""
+    """Computes the prompt, what was generated of the answer before, and the next token."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -204,10 +204,16 @@ class StartPrefill(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     HAND_OVER_FIELD_NUMBER: _builtins.int
     NUM_DECODE_RANKS_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     hand_over: _builtins.bool
     """False when one token is all that is wanted, and no ticket will come."""
     num_decode_ranks: _builtins.int
     """Tensor-parallel ranks of the decode worker, each of which has some of the KV heads."""
+    num_output_tokens: _builtins.int
+    """The last so many of `token_ids` were generated in earlier attempts; what is sampled next continues them."""
+    cache_salt: _builtins.bytes
+    """Only prompts of equal salts share a prefix cache."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -222,10 +228,12 @@ class StartPrefill(_message.Message):
         sampling: Global___Sampling | None = ...,
         hand_over: _builtins.bool = ...,
         num_decode_ranks: _builtins.int = ...,
+        num_output_tokens: _builtins.int = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hand_over", b"hand_over", "key", b"key", "num_decode_ranks", b"num_decode_ranks", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "hand_over", b"hand_over", "key", b"key", "num_decode_ranks", b"num_decode_ranks", "num_output_tokens", b"num_output_tokens", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,10 +276,15 @@ class ReserveDecode(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
     NUM_PREFILL_RANKS_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     prefill_worker_id: _builtins.str
     """Who will write; the worker itself when both phases run in one."""
     num_prefill_ranks: _builtins.int
     """Its tensor-parallel ranks; each writes the heads that it computes."""
+    num_output_tokens: _builtins.int
+    """As in StartPrefill."""
+    cache_salt: _builtins.bytes
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -286,10 +299,12 @@ class ReserveDecode(_message.Message):
         sampling: Global___Sampling | None = ...,
         prefill_worker_id: _builtins.str = ...,
         num_prefill_ranks: _builtins.int = ...,
+        num_output_tokens: _builtins.int = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "num_prefill_ranks", b"num_prefill_ranks", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "num_output_tokens", b"num_output_tokens", "num_prefill_ranks", b"num_prefill_ranks", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

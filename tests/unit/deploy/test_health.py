@@ -19,10 +19,8 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 class FakeWorker:
-    """Its clock stands at 1,000 s."""
-
     def __init__(self) -> None:
-        self.engine = SimpleNamespace(computing_since_s=None)
+        self.engine = SimpleNamespace(step_age_s=0.0)
         self.draining = False
         self.address = ""
 
@@ -39,7 +37,7 @@ class FakeWorker:
 @asynccontextmanager
 async def fake_worker() -> AsyncIterator[FakeWorker]:
     worker, server = FakeWorker(), grpc.aio.server()
-    add_health(server, worker.engine, is_draining=lambda: worker.draining, clock=lambda: 1000.0)  # type: ignore[arg-type]
+    add_health(server, worker.engine, is_draining=lambda: worker.draining)  # type: ignore[arg-type]
     worker.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
@@ -57,10 +55,10 @@ async def test_a_draining_worker_is_alive_and_not_ready() -> None:
 
 async def test_a_worker_whose_step_never_ends_is_not_alive() -> None:
     async with fake_worker() as worker:
-        worker.engine.computing_since_s = 1000.0 - STUCK_STEP_S + 1
+        worker.engine.step_age_s = STUCK_STEP_S - 1
         assert await worker.status(LIVENESS) == SERVING
         assert await worker.complaint() == ""
-        worker.engine.computing_since_s = 1000.0 - STUCK_STEP_S
+        worker.engine.step_age_s = STUCK_STEP_S
         assert await worker.status(LIVENESS) == NOT_SERVING
         assert await worker.complaint() == f"{worker.address}: NOT_SERVING"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import grpc.aio
 import pytest
 
+from router import workers as workers_module
 from router.coordinator import Coordinator
 from router.sequence import SequencePath, SequenceRequest, TokenStep
 from router.workers import Workers
@@ -24,6 +25,13 @@ from segue.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 from segue.worker_link import RouterLink, WorkerLinkServicer
 
 Script = Callable[[RouterLink, pb.LinkRequest], None]
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for workers that do not come back."""
+    monkeypatch.setattr("router.coordinator.FAILOVER_PATIENCE_S", float("-inf"))
+    monkeypatch.setattr("router.coordinator.ARRIVAL_PATIENCE_S", float("-inf"))
 
 
 @dataclass
@@ -110,7 +118,7 @@ def silent(link: RouterLink, message: pb.LinkRequest) -> None:
 
 @asynccontextmanager
 async def router(membership: Membership, *, num_workers: int, **options: object) -> AsyncIterator[Coordinator]:
-    values = {"max_active": 100, "timeout_s": 30.0} | options
+    values = {"max_active": 100, "max_attempts": 1, "timeout_s": 30.0} | options
     async with Workers(membership, "router", "m").running() as workers:
         changed = workers.changed.listener()
         while len(workers.available()) < num_workers:
@@ -303,3 +311,103 @@ async def test_limits(membership: Membership, options: dict[str, float], error: 
         with pytest.raises(error):
             await collect(coordinator, path)
         assert path.lifecycle.phase is Phase.FAILED
+
+
+def count_on(link: RouterLink, message: pb.LinkRequest) -> None:
+    """Prefill that counts: the next token is the one after the last. Needs no ticket."""
+    if message.HasField("start_prefill"):
+        start = message.start_prefill
+        first = pb.FirstToken(key=start.key, token=Token(id=start.token_ids[-1] + 1))
+        link.send(pb.LinkResponse(first_token=first))
+
+
+async def test_another_attempt_goes_on_where_the_first_stopped(membership: Membership) -> None:
+    """A decode worker fails after its second token: prompt and tokens so far are sent to the other one."""
+    reserved: list[pb.ReserveDecode] = []
+    failures: list[Callable[[], None]] = []
+
+    def two_more(link: RouterLink, message: pb.LinkRequest) -> None:
+        if message.HasField("reserve_decode"):
+            reserve = message.reserve_decode
+            reserved.append(reserve)
+            link.send(pb.LinkResponse(decode_started=pb.DecodeStarted(key=reserve.key)))
+            for more in (2, 3):
+                tokens = pb.SequenceTokens(key=reserve.key, tokens=[Token(id=reserve.token_ids[-1] + more)])
+                link.send(pb.LinkResponse(step_tokens=pb.StepTokens(sequences=[tokens])))
+            failures.append(lambda: link.send_failed(reserve.key, TransferError(f"damaged in {reserve.key.attempt}")))
+
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(scripted_worker(membership, "prefill-0", count_on))
+        for name in ("decode-0", "decode-1"):
+            await stack.enter_async_context(scripted_worker(membership, name, two_more))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=3, max_attempts=2))
+        path, tokens = SequencePath(), list[int]()
+
+        async def fail_after_every_third_token() -> None:
+            async for step in coordinator.serve(request(), path):
+                tokens.extend(token.token_id for token in step.tokens)
+                if len(tokens) % 3 == 0:
+                    failures.pop()()
+
+        with pytest.raises(TransferError, match="all 2 attempts failed, the last one: damaged in 2"):
+            await fail_after_every_third_token()
+        assert tokens == [4, 5, 6, 7, 8, 9], "nothing is sent twice, nothing is left out"
+        again = reserved[1]
+        assert (list(again.token_ids), again.num_output_tokens, again.key.attempt) == ([1, 2, 3, 4, 5, 6], 3, 2)
+        (failed,) = path.failed_attempts
+        assert (failed.prefill_worker, failed.decode_worker, failed.error.message) == ("prefill-0", "decode-0", "damaged in 1")
+        assert (path.attempts, path.decode_worker) == (2, "decode-1")
+        assert all(link.prefill_tokens == link.decode_sequences == 0 for link in coordinator._workers.all())
+
+
+async def test_tokens_that_came_with_the_request_are_not_sent_again(membership: Membership) -> None:
+    async with AsyncExitStack() as stack:
+        prefill = await stack.enter_async_context(scripted_worker(membership, "both-0", prefill_script))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=1))
+        resumed = SequenceRequest("s", (1, 2, 3), SamplingParams(max_tokens=3), output_token_ids=(4, 5))
+        (step,) = [step async for step in coordinator.serve(resumed, SequencePath())]
+        assert [token.token_id for token in step.tokens] == [10]
+        assert prefill.leg.heard[0] == "start_prefill", "one token is left: no decode worker is needed"
+
+
+async def test_a_lost_worker_is_waited_for(membership: Membership, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.coordinator.FAILOVER_PATIENCE_S", 60.0)
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=1, max_attempts=2))
+        coordinator._workers.last_complete_s = asyncio.get_running_loop().time()
+        serving = asyncio.create_task(collect(coordinator, SequencePath(), max_tokens=1))
+        await first.leg.heard_something.wait()
+        changed = coordinator._workers.changed.listener()
+        await first.server.stop(0)
+        while coordinator.missing_roles() == []:
+            await changed.wait()
+            changed.clear()
+        await stack.enter_async_context(scripted_worker(membership, "both-0", prefill_script))
+        assert len(await serving) == 1
+
+
+async def test_a_worker_that_says_nothing_is_given_up(membership: Membership, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "TICK_S", 0.005)
+    monkeypatch.setattr("segue.worker_link.LOAD_INTERVAL_S", 3600.0)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=1))
+        with pytest.raises(WorkerLost, match="it said nothing for"):
+            await collect(coordinator, SequencePath())
+
+
+async def test_a_worker_whose_step_does_not_end_is_given_up_but_heard_on(membership: Membership) -> None:
+    async with AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
+        coordinator = await stack.enter_async_context(router(membership, num_workers=1))
+        (link,) = coordinator._workers.all()
+        serving = asyncio.create_task(collect(coordinator, SequencePath()))
+        await worker.leg.heard_something.wait()
+        link._deliver(pb.LinkResponse(load=WorkerLoad(step_age_ms=121_000)))
+        with pytest.raises(WorkerLost, match="has not ended"):
+            await serving
+        assert link.is_open
+        assert coordinator.missing_roles() == ["prefill", "decode"]
+        link._deliver(pb.LinkResponse(load=WorkerLoad()))
+        assert coordinator.missing_roles() == []

@@ -161,12 +161,17 @@ def test_every_phase_can_end_and_no_terminal_phase_can_go_on() -> None:
 
 
 def test_lifecycle_measures_and_refuses() -> None:
-    times = iter([1.0, 2.0, 4.0])
+    times = iter([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     life = Lifecycle(clock=lambda: next(times))
     life.enter(Phase.RESERVED)
     life.enter(Phase.TRANSFERRING)
     assert life.seconds(Phase.QUEUED, Phase.TRANSFERRING) == 3.0
     assert life.seconds(Phase.QUEUED, Phase.DECODING) is None
-    with pytest.raises(ValueError, match="no transition from transferring to queued"):
-        life.enter(Phase.QUEUED)
+    with pytest.raises(ValueError, match="no transition from transferring to prefilling"):
+        life.enter(Phase.PREFILLING)
     assert life.phase is Phase.TRANSFERRING
+    for phase in (Phase.QUEUED, Phase.RESERVED, Phase.TRANSFERRING, Phase.DECODING):
+        life.enter(phase)  # another attempt
+    assert life.seconds(Phase.QUEUED, Phase.TRANSFERRING) == 3.0, "the client has its first token since the first attempt"
+    assert life.seconds(Phase.TRANSFERRING, Phase.DECODING) == 60.0, "and waited until the second one decoded"
+    assert [entered_s for _, entered_s in life.history] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]

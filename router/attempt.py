@@ -1,0 +1,152 @@
+"""One try to serve a sequence on one pair of workers: what is said to them, and what their answers mean."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from router.sequence import SequencePath, SequenceRequest, TokenStep
+from router.workers import Charge, LineEvent, WorkerLink
+from segue.errors import DeadlineExceeded, SegueError
+from segue.lifecycle import Phase
+from segue.v1 import worker_pb2
+from segue.wire import finish_reason_from_pb, sampling_to_pb, token_from_pb
+
+
+class Attempt:
+    """`token_ids` are the prompt and what was generated of the answer in earlier attempts."""
+
+    def __init__(
+        self,
+        request: SequenceRequest,
+        token_ids: tuple[int, ...],
+        prefill: WorkerLink,
+        decode: WorkerLink,
+        charge: Charge,
+        path: SequencePath,
+    ) -> None:
+        self._request = request
+        self._token_ids = token_ids
+        self._prefill = prefill
+        self._decode = decode
+        self._charge = charge
+        self._path = path
+        self._key = worker_pb2.SequenceKey(sequence_id=request.sequence_id, attempt=path.attempts)
+        self._events: asyncio.Queue[LineEvent] = asyncio.Queue()
+        # The workers' links are two streams: decode tokens may overtake the first token, and wait for it here.
+        self._first_token_is_out = False
+        self._held_back: list[TokenStep] = []
+        self._decode_has_it = False
+        self._num_output_tokens = len(token_ids) - len(request.prompt_token_ids)
+        self._hands_over = request.sampling.max_tokens - self._num_output_tokens > 1
+
+    @contextmanager
+    def lines(self) -> Iterator[None]:
+        """Hears both workers until the block ends; what they still have of the sequence is cancelled then."""
+        with self._prefill.line(self._key, self._events):
+            if self._hands_over and self._decode is not self._prefill:
+                with self._decode.line(self._key, self._events):
+                    yield
+            else:
+                yield
+
+    def dispatch(self) -> None:
+        """Starts both legs at once."""
+        sampling, salt = sampling_to_pb(self._request.sampling), self._request.caller.cache_salt
+        self._path.prefill_worker = self._prefill.record.worker_id
+        self._path.decode_worker = self._decode.record.worker_id if self._hands_over else ""
+        self._path.transport = "none"
+        self._path.lifecycle.enter(Phase.RESERVED)
+        if self._hands_over:
+            reserve = worker_pb2.ReserveDecode(
+                key=self._key,
+                token_ids=self._token_ids,
+                sampling=sampling,
+                prefill_worker_id=self._path.prefill_worker,
+                num_prefill_ranks=self._prefill.record.num_ranks,
+                num_output_tokens=self._num_output_tokens,
+                cache_salt=salt,
+            )
+            self._decode.send(worker_pb2.LinkRequest(reserve_decode=reserve))
+        start = worker_pb2.StartPrefill(
+            key=self._key,
+            token_ids=self._token_ids,
+            sampling=sampling,
+            hand_over=self._hands_over,
+            num_decode_ranks=self._decode.record.num_ranks,
+            num_output_tokens=self._num_output_tokens,
+            cache_salt=salt,
+        )
+        self._prefill.send(worker_pb2.LinkRequest(start_prefill=start))
+
+    async def next_steps(self, deadline_s: float) -> list[TokenStep]:
+        """Waits for a worker to say something; gives the steps that can go to the client now, often none. Raises the error
+        that ends the attempt, and DeadlineExceeded when `deadline_s`, on the loop's clock, has passed."""
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                event = await self._events.get()
+        except TimeoutError:
+            raise DeadlineExceeded("the request was not finished within the time allowed") from None
+        return self._hear(event)
+
+    def _hear(self, event: LineEvent) -> list[TokenStep]:
+        said = event.said
+        if isinstance(said, SegueError):
+            if self._decode_has_it and event.link is not self._decode:
+                return []  # decode holds the whole KV cache: what becomes of prefill no longer matters
+            raise said
+        match said.WhichOneof("message"):
+            case "decode_reserved":
+                self._attach_tickets(said.decode_reserved)
+            case "pull_kv":
+                send = worker_pb2.SendKV(key=self._key, tickets=said.pull_kv.tickets)
+                self._decode.send(worker_pb2.LinkRequest(send_kv=send))
+            case "first_token":
+                return self._first_token(said.first_token)
+            case "decode_started":
+                self._decode_started(said.decode_started)
+            case "step_tokens":
+                (sequence,) = said.step_tokens.sequences
+                step = TokenStep(
+                    tokens=tuple(token_from_pb(token) for token in sequence.tokens),
+                    finish_reason=finish_reason_from_pb(sequence.finish_reason),
+                )
+                return self._in_order([step])
+        return []
+
+    def _attach_tickets(self, reserved: worker_pb2.DecodeReserved) -> None:
+        attach = worker_pb2.AttachTickets(key=self._key, tickets=reserved.tickets)
+        self._prefill.send(worker_pb2.LinkRequest(attach_tickets=attach))
+        if self._path.lifecycle.phase is Phase.RESERVED:
+            self._path.lifecycle.enter(Phase.PREFILLING)
+
+    def _first_token(self, first: worker_pb2.FirstToken) -> list[TokenStep]:
+        self._charge.end_prefill()
+        self._path.prefill_cached_tokens = first.cached_tokens
+        self._path.prefill_pulled_tokens = first.pulled_tokens
+        self._path.lifecycle.enter(Phase.TRANSFERRING)
+        self._first_token_is_out = True
+        self._enter_decoding()
+        step = TokenStep((token_from_pb(first.token),), finish_reason_from_pb(first.finish_reason))
+        held_back, self._held_back = self._held_back, []
+        return self._in_order([step, *held_back])
+
+    def _decode_started(self, started: worker_pb2.DecodeStarted) -> None:
+        self._path.decode_cached_tokens = started.cached_tokens
+        self._path.transferred_bytes = started.transferred_bytes
+        self._path.transport = started.transport
+        self._decode_has_it = True
+        self._enter_decoding()
+
+    def _enter_decoding(self) -> None:
+        if self._decode_has_it and self._path.lifecycle.phase is Phase.TRANSFERRING:
+            self._path.lifecycle.enter(Phase.DECODING)
+
+    def _in_order(self, steps: list[TokenStep]) -> list[TokenStep]:
+        if not self._first_token_is_out:
+            self._held_back += steps
+            return []
+        if steps[-1].finish_reason is not None:
+            self._path.lifecycle.enter(Phase.FINISHED)
+        return steps

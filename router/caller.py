@@ -1,0 +1,17 @@
+"""On whose behalf a request is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """`tenant` shares the cluster's work with others, fairly; `cache_salt` separates its prefix caches from theirs."""
+
+    tenant: str = ""
+    priority: int = 0
+    cache_salt: bytes = b""
+
+
+ANONYMOUS = Caller()
