@@ -11,12 +11,13 @@ import os
 import secrets
 import sys
 from asyncio.subprocess import Process
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from deploy.worker import run_worker
 from segue.config import WorkerSettings
-from segue.errors import WorkerLost
+from segue.errors import ConfigError, WorkerLost
 from segue.runtime import background
 
 _TETHER = Path(__file__).with_name("tether.py")
@@ -27,6 +28,7 @@ async def run_all_ranks(settings: WorkerSettings) -> None:
     # Named anew at each start: no rank of an earlier one is let in.
     settings = settings.model_copy(update={"group": secrets.token_hex(8)})
     others = [await _start(settings, rank) for rank in range(1, settings.num_ranks)]
+    os.environ |= gpu_env(settings, 0, os.environ)
     try:
         async with background(*(_raise_when_it_fails(process, rank) for rank, process in enumerate(others, start=1))):
             await run_worker(settings)
@@ -43,9 +45,20 @@ async def _start(settings: WorkerSettings, rank: int) -> Process:
         sys.executable,
         *("-I", "-S", str(_TETHER), str(os.getpid())),
         *(sys.executable, "-m", "deploy.worker"),
-        env=os.environ | settings.model_copy(update={"rank": rank}).to_env(),
+        env=os.environ | settings.model_copy(update={"rank": rank}).to_env() | gpu_env(settings, rank, os.environ),
         stdin=asyncio.subprocess.DEVNULL,
     )
+
+
+def gpu_env(settings: WorkerSettings, rank: int, env: Mapping[str, str]) -> dict[str, str]:
+    """Lets each of several ranks see one GPU of its own, among those that `env` lets this process see. Not run on hardware."""
+    if settings.device != "cuda" or settings.num_ranks == 1:
+        return {}
+    visible = env.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = visible.split(",") if visible else [str(number) for number in range(settings.num_ranks)]
+    if len(gpus) < settings.num_ranks:
+        raise ConfigError(f"{settings.num_ranks_field}: {settings.num_ranks} ranks need as many GPUs, not those of {visible!r}")
+    return {"CUDA_VISIBLE_DEVICES": gpus[rank]}
 
 
 async def _raise_when_it_fails(process: Process, rank: int) -> None:

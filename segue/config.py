@@ -140,6 +140,9 @@ class ClusterSettings(EngineSettings):
     decode: int = Field(1, ge=1, le=64, description="Decode workers")
     colocated: bool = Field(False, description="Run both phases in one worker, for comparison")
     redis: str | None = Field(None, description="Redis or Valkey URL; without it an embedded Valkey is started")
+    cluster_id: str | None = Field(
+        None, min_length=1, description="Name in the Redis, for further routers to find the workers by; random if not given"
+    )
     ray_address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started")
     host: str = Field(LOOPBACK, description="Address that the router listens on")
     http_port: Port = Field(8000, description="OpenAI-compatible HTTP API; 0 picks a free port")

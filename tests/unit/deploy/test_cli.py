@@ -72,6 +72,7 @@ OTHER_VALUES: dict[str, Any] = {
     "decode": 3,
     "colocated": True,
     "redis": "redis://elsewhere:1",
+    "cluster_id": "shared",
     "ray_address": "head:6379",
     "host": "0.0.0.0",
     "http_port": 1,
