@@ -24,7 +24,7 @@ def complaint(env: Mapping[str, str]) -> str:
     """What is wrong; empty if nothing is."""
     host = env.get("SEGUE_HOST", LOOPBACK)
     if "SEGUE_ROLES" in env:
-        return _worker_complaint(f"{host}:{env.get('SEGUE_GRPC_PORT', '0')}")
+        return _worker_complaint(f"{host}:{env.get('SEGUE_HEALTH_PORT', '0')}")
     answer = ask(reachable(f"{host}:{env.get('SEGUE_HTTP_PORT', '8000')}"), "/health", _LIMIT_S)
     return "" if answer.is_ok else f"status {answer.status}: {answer.body}"
 

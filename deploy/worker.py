@@ -19,7 +19,7 @@ import grpc.aio
 
 from decode_worker.service import DecodeService
 from deploy.ranks import Meeting, remote_ranks, run_rank
-from deploy.worker_health import add_health
+from deploy.worker_health import health_served
 from deploy.worker_parts import kv_ends, load_engine
 from engine.engine import Engine
 from kv_transfer.handover import Receiver, Sender
@@ -72,6 +72,9 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         await stack.enter_async_context(worker.legs())
         await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
+        if settings.health_port is not None:
+            health = health_served(bracketed(settings.host), settings.health_port, engine, lambda: worker.draining)
+            await stack.enter_async_context(health)
         yield worker
 
 
@@ -128,12 +131,11 @@ class Worker:
 
     @asynccontextmanager
     async def server(self) -> AsyncIterator[None]:
-        """Serves links, and those who watch over this process. Raises ConfigError when the port is taken."""
+        """Serves links. Raises ConfigError when the port is taken."""
         self.servicer = WorkerLinkServicer(self.active_legs, self.record, self.load)
         server = grpc.aio.server(options=LINK_OPTIONS)
         add_WorkerServiceServicer_to_server(self.servicer, server)
-        add_health(server, self.engine, is_draining=lambda: self.draining)
-        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        host = bracketed(self.settings.host)
         try:
             port = server.add_insecure_port(f"{host}:{self.settings.grpc_port}")
         except RuntimeError as error:
@@ -196,6 +198,11 @@ class Worker:
         for leg in self.active_legs:
             leg.add_load(load)
         return load
+
+
+def bracketed(host: str) -> str:
+    """As it stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 async def main() -> None:

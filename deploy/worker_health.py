@@ -2,16 +2,21 @@
 
 service ""             SERVING while the worker takes new sequences; NOT_SERVING once it drains
 service "liveness"     SERVING while it computes: NOT_SERVING when one step has taken so long that it will never end
+
+At a port of its own, in plain text: those who watch know no secret of the cluster, and learn none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from segue.errors import ConfigError
 
 if TYPE_CHECKING:
     # Who asks (deploy.health) does not load it.
@@ -22,9 +27,21 @@ LIVENESS = "liveness"
 STUCK_STEP_S = 240.0
 
 
-def add_health(server: grpc.aio.Server, engine: Engine, is_draining: Callable[[], bool]) -> None:
+@asynccontextmanager
+async def health_served(host: str, port: int, engine: Engine, is_draining: Callable[[], bool]) -> AsyncIterator[str]:
+    """For as long as the block. Yields the address; port 0 is any free one. Raises ConfigError when the port is taken."""
     services = {"": lambda: not is_draining(), LIVENESS: lambda: engine.step_age_s < STUCK_STEP_S}
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     health_pb2_grpc.add_HealthServicer_to_server(_HealthServicer(services), server)
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise ConfigError(f"health_port: cannot listen on {host}:{port}: {error}") from None
+    await server.start()
+    try:
+        yield f"{host}:{bound}"
+    finally:
+        await server.stop(None)
 
 
 class _HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the package has no types

@@ -178,6 +178,8 @@ class WorkerSettings(EngineSettings):
     # Where routers reach it, and where KV comes in; 0 picks a free port. Each further rank takes KV at the next port.
     grpc_port: Port = 0
     kv_port: Port = 0
+    # Where it says how it is, to anybody (deploy/worker_health.py); nowhere if not given.
+    health_port: Port | None = None
     # How long a worker that was told to stop waits for the sequences it has.
     drain_s: float = Field(60.0, ge=0)
     ticket_lease_ms: int = Field(10_000, ge=100)

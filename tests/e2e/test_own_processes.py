@@ -15,7 +15,7 @@ from deploy.health import complaint
 from deploy.probe import until_ready
 from deploy.valkey import Valkey, embedded_valkey
 from tests.support.tiny_model import make_tiny_model
-from tests.unit.deploy.conftest import descendants
+from tests.unit.deploy.conftest import descendants, free_port
 
 SEGUE = str(Path(sys.executable).with_name("segue"))
 LIMIT_S = 60.0
@@ -46,10 +46,12 @@ class Processes:
 async def test_a_cluster_of_single_processes(tmp_path: Path) -> None:
     async with asyncio.timeout(LIMIT_S), embedded_valkey(tmp_path / "valkey.log") as valkey:
         processes = Processes(tmp_path, valkey)
-        ranks = {"SEGUE_PREFILL_TP": "2", "SEGUE_THREADS": "1"}
+        health_port = str(free_port())
+        ranks = {"SEGUE_PREFILL_TP": "2", "SEGUE_THREADS": "1", "SEGUE_HEALTH_PORT": health_port}
         worker, worker_said = await processes.start("worker", SEGUE_ROLES="prefill,decode", **ranks)
         router, router_said = await processes.start("router")
-        http, grpc = (await router_said.of(router))["http"], (await worker_said.of(worker))["grpc"]
+        http = (await router_said.of(router))["http"]
+        await worker_said.of(worker)
         await until_ready(http)
 
         async with httpx.AsyncClient(base_url=f"http://{http}") as client:
@@ -57,7 +59,7 @@ async def test_a_cluster_of_single_processes(tmp_path: Path) -> None:
             answer = await client.post("/v1/completions", json=body)
         assert answer.json()["usage"]["completion_tokens"] == 8
 
-        worker_env = {"SEGUE_ROLES": "prefill,decode", "SEGUE_GRPC_PORT": grpc.rpartition(":")[2]}
+        worker_env = {"SEGUE_ROLES": "prefill,decode", "SEGUE_HEALTH_PORT": health_port}
         assert await asyncio.to_thread(complaint, worker_env) == ""
         assert await asyncio.to_thread(complaint, {"SEGUE_HTTP_PORT": http.rpartition(":")[2]}) == ""
 

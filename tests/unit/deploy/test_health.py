@@ -13,7 +13,7 @@ from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.health import complaint
-from deploy.worker_health import LIVENESS, STUCK_STEP_S, add_health
+from deploy.worker_health import LIVENESS, STUCK_STEP_S, health_served
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -31,19 +31,14 @@ class FakeWorker:
 
     async def complaint(self) -> str:
         host, _, port = self.address.rpartition(":")
-        return await asyncio.to_thread(complaint, {"SEGUE_ROLES": "decode", "SEGUE_HOST": host, "SEGUE_GRPC_PORT": port})
+        return await asyncio.to_thread(complaint, {"SEGUE_ROLES": "decode", "SEGUE_HOST": host, "SEGUE_HEALTH_PORT": port})
 
 
 @asynccontextmanager
 async def fake_worker() -> AsyncIterator[FakeWorker]:
-    worker, server = FakeWorker(), grpc.aio.server()
-    add_health(server, worker.engine, is_draining=lambda: worker.draining)  # type: ignore[arg-type]
-    worker.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
-    try:
+    worker = FakeWorker()
+    async with health_served("127.0.0.1", 0, worker.engine, lambda: worker.draining) as worker.address:  # type: ignore[arg-type]
         yield worker
-    finally:
-        await server.stop(None)
 
 
 async def test_a_draining_worker_is_alive_and_not_ready() -> None:

@@ -54,6 +54,9 @@ async def test_a_worker_listens_at_the_ports_that_it_is_given(tmp_path: Path) ->
                 with pytest.raises(ConfigError, match=f"{field}: .*{port}"):
                     async with serving_worker(settings.model_copy(update={field: port})):
                         pass
+            with pytest.raises(ConfigError, match=f"health_port: .*{grpc_port}"):
+                async with serving_worker(settings.model_copy(update={"health_port": grpc_port})):
+                    pass
         ports = {"grpc_port": grpc_port, "kv_port": kv_port}
         async with serving_worker(settings.model_copy(update=ports)) as second:
             assert second.address == f"127.0.0.1:{grpc_port}"
