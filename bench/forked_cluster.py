@@ -116,11 +116,12 @@ async def forked_cluster(
 ) -> AsyncIterator[ForkedCluster]:
     """One router, and no workers yet. `router` and `worker` override settings."""
     common = {"cluster_id": uuid.uuid4().hex[:12], "redis": redis_url, "model_dir": model_dir, "model_name": MODEL_NAME}
-    ports = {"grpc_port": _free_port(), "http_port": 0}
-    address = f"{LOOPBACK}:{ports['grpc_port']}"
+    port = _free_port()
+    router = {"grpc_port": port, "http_port": 0, "disaggregate": "always"} | (router or {})
+    address = f"{LOOPBACK}:{port}"
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(AsyncClient(address, retry=RetryPolicy(max_attempts=1)))
-        cluster = ForkedCluster(address, client, nursery, logs, common, ports | (router or {}), _TINY | worker)
+        cluster = ForkedCluster(address, client, nursery, logs, common, router, _TINY | worker)
         stack.callback(cluster.kill_all)
         await cluster.start("router-0")
         yield cluster

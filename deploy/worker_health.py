@@ -30,7 +30,7 @@ STUCK_STEP_S = 240.0
 @asynccontextmanager
 async def health_served(host: str, port: int, engine: Engine, is_draining: Callable[[], bool]) -> AsyncIterator[str]:
     """For as long as the block. Yields the address; port 0 is any free one. Raises ConfigError when the port is taken."""
-    services = {"": lambda: not is_draining(), LIVENESS: lambda: engine.step_age_s < STUCK_STEP_S}
+    services = {"": lambda: not is_draining(), LIVENESS: lambda: engine.step_times.age_s < STUCK_STEP_S}
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     health_pb2_grpc.add_HealthServicer_to_server(_HealthServicer(services), server)
     try:

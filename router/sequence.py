@@ -48,6 +48,8 @@ class SequencePath:
     prefill_worker: str = ""
     decode_worker: str = ""
     transport: str = "none"
+    # Why these workers, in a word of router.policies.
+    placement: str = ""
     prefill_cached_tokens: int = 0
     prefill_pulled_tokens: int = 0
     decode_cached_tokens: int = 0

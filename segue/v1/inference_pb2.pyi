@@ -55,6 +55,7 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the model that the cluster serves."""
     text: _builtins.str
@@ -71,6 +72,12 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions: ...
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """The request was begun before, maybe by another router, and its stream broke: it goes on after what the client has. All other
+        fields are as they were then.
+        """
+
     def __init__(
         self,
         *,
@@ -80,10 +87,11 @@ class GenerateRequest(_message.Message):
         chat: Global___Chat | None = ...,
         sampling: Global___SamplingOptions | None = ...,
         num_choices: _builtins.int | None = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "chat", b"chat", "num_choices", b"num_choices", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "chat", b"chat", "num_choices", b"num_choices", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "chat", b"chat", "model", b"model", "num_choices", b"num_choices", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "chat", b"chat", "model", b"model", "num_choices", b"num_choices", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_choices: _TypeAlias = _typing.Literal["num_choices"]  # noqa: Y015
     _WhichOneofArgType__num_choices: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices"]  # noqa: Y015
@@ -95,6 +103,58 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Resume(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEED_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    seed: _builtins.int
+    """As `Started` told it; takes the place of the sampling option."""
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumedChoice]:
+        """In order; choices of which nothing came may be left out at the end."""
+
+    def __init__(
+        self,
+        *,
+        seed: _builtins.int = ...,
+        choices: _abc.Iterable[Global___ResumedChoice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resume: _TypeAlias = Resume  # noqa: Y015
+
+@_typing.final
+class ResumedChoice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    finished: _builtins.bool
+    """Its last output came as well."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All tokens of the choice that the client has."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        finished: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumedChoice: _TypeAlias = ResumedChoice  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -343,19 +403,23 @@ class Started(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     num_prompt_tokens: _builtins.int
+    seed: _builtins.int
+    """The one given, or the one drawn."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         model: _builtins.str = ...,
         num_prompt_tokens: _builtins.int = ...,
+        seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -769,6 +833,10 @@ class WorkerLoad(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     OPEN_TICKETS_FIELD_NUMBER: _builtins.int
     STEP_AGE_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_MS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    DECODE_MS_PER_STEP_FIELD_NUMBER: _builtins.int
+    DECODE_MS_PER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    DECODE_SEQUENCES_FIELD_NUMBER: _builtins.int
     waiting_requests: _builtins.int
     running_requests: _builtins.int
     queued_tokens: _builtins.int
@@ -789,6 +857,13 @@ class WorkerLoad(_message.Message):
     """Tickets, given out or received, that are not over: until then what they name is held."""
     step_age_ms: _builtins.int
     """How long the step that is being computed has taken so far; 0 between steps."""
+    prefill_ms_per_token: _builtins.float
+    """Measured lately; 0 while nothing was. Milliseconds for each prompt token in a prefill step,"""
+    decode_ms_per_step: _builtins.float
+    """and for a decode step, besides what each of its sequences adds."""
+    decode_ms_per_sequence: _builtins.float
+    decode_sequences: _builtins.int
+    """Of the running requests, those that it decodes, or has reserved memory for."""
     def __init__(
         self,
         *,
@@ -808,10 +883,14 @@ class WorkerLoad(_message.Message):
         preemptions: _builtins.int = ...,
         open_tickets: _builtins.int = ...,
         step_age_ms: _builtins.int = ...,
+        prefill_ms_per_token: _builtins.float = ...,
+        decode_ms_per_step: _builtins.float = ...,
+        decode_ms_per_sequence: _builtins.float = ...,
+        decode_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decoded_tokens", b"decoded_tokens", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "step_age_ms", b"step_age_ms", "total_blocks", b"total_blocks", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decode_ms_per_sequence", b"decode_ms_per_sequence", "decode_ms_per_step", b"decode_ms_per_step", "decode_sequences", b"decode_sequences", "decoded_tokens", b"decoded_tokens", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefill_ms_per_token", b"prefill_ms_per_token", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "step_age_ms", b"step_age_ms", "total_blocks", b"total_blocks", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

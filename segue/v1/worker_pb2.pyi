@@ -374,6 +374,7 @@ class LinkResponse(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     PULL_KV_FIELD_NUMBER: _builtins.int
+    CACHE_EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___LinkOpened: ...
     @_builtins.property
@@ -394,6 +395,8 @@ class LinkResponse(_message.Message):
     def draining(self) -> Global___WorkerDraining: ...
     @_builtins.property
     def pull_kv(self) -> Global___PullKV: ...
+    @_builtins.property
+    def cache_events(self) -> Global___CacheEvents: ...
     def __init__(
         self,
         *,
@@ -407,12 +410,13 @@ class LinkResponse(_message.Message):
         load: _inference_pb2.WorkerLoad | None = ...,
         draining: Global___WorkerDraining | None = ...,
         pull_kv: Global___PullKV | None = ...,
+        cache_events: Global___CacheEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "first_token", "prefill_released", "decode_reserved", "decode_started", "step_tokens", "failed", "load", "draining", "pull_kv"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "first_token", "prefill_released", "decode_reserved", "decode_started", "step_tokens", "failed", "load", "draining", "pull_kv", "cache_events"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -657,6 +661,40 @@ class SequenceFailed(_message.Message):
 Global___SequenceFailed: _TypeAlias = SequenceFailed  # noqa: Y015
 
 @_typing.final
+class CacheEvents(_message.Message):
+    """What changed in the worker's prefix cache since its last message of this kind on the link. Each is numbered one above the one
+    before; after a gap nothing is known until the next snapshot, which the worker sends by itself.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    snapshot: _builtins.bool
+    """`stored` is all that the cache holds now."""
+    stored: _builtins.bytes
+    """Chained hashes of blocks, 16 bytes each, joined. No hash is in both."""
+    evicted: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        snapshot: _builtins.bool = ...,
+        stored: _builtins.bytes = ...,
+        evicted: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted", b"evicted", "number", b"number", "snapshot", b"snapshot", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEvents: _TypeAlias = CacheEvents  # noqa: Y015
+
+@_typing.final
 class WorkerDraining(_message.Message):
     """The worker takes no new sequences, finishes those it has, then leaves."""
 
@@ -693,6 +731,7 @@ class WorkerRecord(_message.Message):
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     NUM_RANKS_FIELD_NUMBER: _builtins.int
+    NUMBER_FORMATS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -709,6 +748,10 @@ class WorkerRecord(_message.Message):
     draining: _builtins.bool
     num_ranks: _builtins.int
     """Tensor-parallel ranks."""
+    number_formats: _builtins.str
+    """Names all that decides the bits of what it computes: formats of weights and KV. Only where these are equal does it not matter
+    which worker computes a prompt.
+    """
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefill, decode."""
@@ -730,10 +773,11 @@ class WorkerRecord(_message.Message):
         total_blocks: _builtins.int = ...,
         draining: _builtins.bool = ...,
         num_ranks: _builtins.int = ...,
+        number_formats: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "pid", b"pid", "roles", b"roles", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "roles", b"roles", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

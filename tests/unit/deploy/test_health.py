@@ -20,7 +20,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 class FakeWorker:
     def __init__(self) -> None:
-        self.engine = SimpleNamespace(step_age_s=0.0)
+        self.engine = SimpleNamespace(step_times=SimpleNamespace(age_s=0.0))
         self.draining = False
         self.address = ""
 
@@ -50,10 +50,10 @@ async def test_a_draining_worker_is_alive_and_not_ready() -> None:
 
 async def test_a_worker_whose_step_never_ends_is_not_alive() -> None:
     async with fake_worker() as worker:
-        worker.engine.step_age_s = STUCK_STEP_S - 1
+        worker.engine.step_times.age_s = STUCK_STEP_S - 1
         assert await worker.status(LIVENESS) == SERVING
         assert await worker.complaint() == ""
-        worker.engine.step_age_s = STUCK_STEP_S
+        worker.engine.step_times.age_s = STUCK_STEP_S
         assert await worker.status(LIVENESS) == NOT_SERVING
         assert await worker.complaint() == f"{worker.address}: NOT_SERVING"
 
