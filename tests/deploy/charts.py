@@ -135,3 +135,10 @@ def pod_templates(one: Object) -> list[Object]:
 
 def containers(pod: Object) -> list[Object]:
     return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+def main_container(one: Object) -> Object:
+    """The first of the only pod that `one` makes."""
+    (pod,) = pod_templates(one)
+    container: Object = pod["spec"]["containers"][0]
+    return container

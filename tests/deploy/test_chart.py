@@ -11,7 +11,20 @@ import pytest
 import yaml
 
 from segue.config import ClusterSettings, RouterSettings, WorkerSettings
-from tests.deploy.charts import CASES, CHART, RAY, Case, Object, Refused, containers, helm, pick, pod_templates, render
+from tests.deploy.charts import (
+    CASES,
+    CHART,
+    RAY,
+    Case,
+    Object,
+    Refused,
+    containers,
+    helm,
+    main_container,
+    pick,
+    pod_templates,
+    render,
+)
 from tests.deploy.policies import may_connect, restricted_errors
 from tests.deploy.schemas import on_all_minors
 
@@ -240,7 +253,7 @@ PLANTED: list[tuple[str, str, str, Any, str]] = [
     ("a typo in a field", "Deployment", "-router", lambda o: o["spec"].update(replica=3), "schema"),
     ("a field of the wrong type", "StatefulSet", "-decode", lambda o: o["spec"].update(replicas="2"), "schema"),
     ("a missing field", "Service", "-prefill", lambda o: o["spec"]["ports"][0].pop("port"), "schema"),
-    ("a typo in a pod", "StatefulSet", "-prefill", lambda o: main(o).update(readynessProbe={}), "schema"),
+    ("a typo in a pod", "StatefulSet", "-prefill", lambda o: main_container(o).update(readynessProbe={}), "schema"),
     ("a typo in a scaler", "ScaledObject", "-decode", lambda o: o["spec"].update(minReplicas=1), "schema"),
     (
         "a typo in a rule",
@@ -252,23 +265,29 @@ PLANTED: list[tuple[str, str, str, Any, str]] = [
     ("a typo in a monitor", "ServiceMonitor", "segue", lambda o: o["spec"]["endpoints"][0].update(intervall="1s"), "schema"),
     ("a route to nowhere", "HTTPRoute", "segue", lambda o: o["spec"]["rules"][0]["backendRefs"][0].pop("port"), "schema"),
     ("a typo in Ray's cluster", "RayCluster", "segue", lambda o: o["spec"].update(workerGroupSpec=[]), "schema"),
-    ("a typo in Ray's pods", "RayCluster", "segue", lambda o: main_of(ray_pod(o)).update(imagePullPolice=""), "schema"),
+    ("a typo in Ray's pods", "RayCluster", "segue", lambda o: ray_pod(o)["containers"][0].update(imagePullPolice=""), "schema"),
     ("root", "Deployment", "-router", lambda o: pod(o)["securityContext"].update(runAsUser=0), "restricted"),
     ("no seccomp", "Deployment", "-router", lambda o: pod(o)["securityContext"].pop("seccompProfile"), "restricted"),
     (
         "escalation",
         "StatefulSet",
         "-decode",
-        lambda o: main(o)["securityContext"].pop("allowPrivilegeEscalation"),
+        lambda o: main_container(o)["securityContext"].pop("allowPrivilegeEscalation"),
         "restricted",
     ),
-    ("capabilities", "StatefulSet", "-decode", lambda o: main(o)["securityContext"].pop("capabilities"), "restricted"),
+    (
+        "capabilities",
+        "StatefulSet",
+        "-decode",
+        lambda o: main_container(o)["securityContext"].pop("capabilities"),
+        "restricted",
+    ),
     ("added ones", "StatefulSet", "-decode", lambda o: caps(o).update(add=["SYS_PTRACE"]), "restricted"),
     (
         "a writable root",
         "StatefulSet",
         "-valkey",
-        lambda o: main(o)["securityContext"].pop("readOnlyRootFilesystem"),
+        lambda o: main_container(o)["securityContext"].pop("readOnlyRootFilesystem"),
         "restricted",
     ),
     ("the host's network", "RayCluster", "segue", lambda o: ray_pod(o).update(hostNetwork=True), "restricted"),
@@ -280,7 +299,7 @@ PLANTED: list[tuple[str, str, str, Any, str]] = [
         "restricted",
     ),
     ("a token", "Deployment", "-router", lambda o: pod(o).pop("automountServiceAccountToken"), "restricted"),
-    ("no limit", "Deployment", "-router", lambda o: main(o)["resources"]["limits"].pop("memory"), "restricted"),
+    ("no limit", "Deployment", "-router", lambda o: main_container(o)["resources"]["limits"].pop("memory"), "restricted"),
 ]
 
 
@@ -289,17 +308,8 @@ def pod(one: Object) -> Object:
     return spec
 
 
-def main(one: Object) -> Object:
-    return main_of(pod(one))
-
-
-def main_of(spec: Object) -> Object:
-    container: Object = spec["containers"][0]
-    return container
-
-
 def caps(one: Object) -> Object:
-    capabilities: Object = main(one)["securityContext"]["capabilities"]
+    capabilities: Object = main_container(one)["securityContext"]["capabilities"]
     return capabilities
 
 
@@ -345,7 +355,7 @@ def checkov(folder: Path) -> set[str]:
 
 def test_checkov_finds_nothing_that_is_not_explained(tmp_path: Path) -> None:
     planted = render()
-    main(pick(planted, "Deployment", "-router"))["securityContext"]["privileged"] = True
+    main_container(pick(planted, "Deployment", "-router"))["securityContext"]["privileged"] = True
     # But for helm test's pod, which has no probes.
     sound = [one for case in CASES for one in render(*case.words) if one["kind"] != "Pod"]
     for name, objects in {"sound": sound, "planted": planted}.items():
