@@ -20,7 +20,12 @@ from tests.deploy.charts import ROOT
 
 DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
 # The machine's Python may lie in root's home.
-_SYSTEM = "mount --bind /dev $root/dev; mount -t proc proc $root/proc; chmod o+x $root/root;"
+SYSTEM = "mount --bind /dev $root/dev; mount -t proc proc $root/proc; chmod o+x $root/root;"
+
+
+def bound(image: Path) -> str:
+    """Brings an image's only folder into a root. (As a layer it would overlap with that of this machine.)"""
+    return f"mkdir -p $root/opt/segue; mount --bind -o ro {image}/opt/segue $root/opt/segue;"
 
 
 @dataclass
@@ -106,13 +111,14 @@ class Root:
             shutil.copy(ROOT / file, goal)
 
     def _run(self, script: str, env: dict[str, str]) -> None:
-        self._shell(script, env, mounts=_SYSTEM)
+        self._shell(script, env, mounts=SYSTEM)
 
-    def as_in_kubernetes(self, script: str, env: dict[str, str]) -> str:
-        """What `script` prints, run with the environment and user of the final stage, in a network of its own."""
+    def as_in_kubernetes(self, image: Path, script: str, env: dict[str, str]) -> str:
+        """What `script` prints, run on what another root has built, with the environment and user of the final stage, and in a
+        network of its own."""
         env = env | {"PATH": "/opt/segue/bin:/usr/bin:/bin", "HOME": "/tmp", "SEGUE_HOME": "/models"}
         writable = "".join(f"mount -t tmpfs -o mode=1777 none $root/{name};" for name in ("tmp", "models"))
-        mounts = f"ip link set lo up; mkdir -p $root/models; {_SYSTEM} mount -o remount,ro $root; {writable}"
+        mounts = f"ip link set lo up; mkdir -p $root/models; {SYSTEM} {bound(image)} mount -o remount,ro $root; {writable}"
         return self._shell(script, env, mounts=mounts, user="10001:10001", namespaces=("--net",))
 
     def _shell(

@@ -80,16 +80,15 @@ echo served
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")
 @pytest.mark.timeout(900)
-def test_its_build_runs_in_a_clean_root_and_serves_on_a_read_only_one(tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = Root(tmp_path_factory.mktemp("image"))
-    root.build()
-    site = next((root.changes / "opt/segue/lib").glob("python3*")) / "site-packages"
+def test_its_build_runs_in_a_clean_root_and_serves_on_a_read_only_one(image: Path, tmp_path: Path) -> None:
+    site = next((image / "opt/segue/lib").glob("python3*")) / "site-packages"
     assert list((site / "engine/kernels").glob("_native*.so"))
     assert not (site / "tests").exists()
-    assert not (root.changes / "root/.cache").exists()
+    assert not (image / "root/.cache").exists()
+    root = Root(tmp_path)
     for file in make_tiny_model(root.changes / "var/tiny").iterdir():
         file.chmod(0o644)
-    said = root.as_in_kubernetes(SERVE, {})
+    said = root.as_in_kubernetes(image, SERVE, {})
     assert "segue 0." in said
     assert said.endswith("served\n")
 
