@@ -13,6 +13,7 @@ from segue.errors import InvalidRequest
 from segue.sampling import SamplingParams
 
 MAX_CHOICES = 16
+MAX_PRIORITY = 100
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 _SEED_BITS = 64
@@ -102,6 +103,11 @@ class GenerationSpec:
         return replace(self.sampling, seed=choice_seed(self.sampling.seed, choice))
 
 
+def draw_seed() -> int:
+    """For a request that has none."""
+    return secrets.randbits(_SEED_BITS)
+
+
 def choice_seed(seed: int, choice: int) -> int:
     """Choice 0 has the request's own seed; the others have one that depends on it and on their number alone."""
     if choice == 0:
@@ -129,6 +135,8 @@ def build_spec(
     for a field (`prompt`, `num_choices`, `logprobs`, ...) where its API has another one.
     """
     try:
+        if abs(caller.priority) > MAX_PRIORITY:
+            raise InvalidRequest("priority", f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}, not {caller.priority}")
         room = _check_prompt(prompt_token_ids, limits, max_sequence_tokens)
         _check_stop(options.stop)
         sampling, num_choices = _sampling(options, limits, room), _num_choices(options)
@@ -218,7 +226,7 @@ def _sampling(options: GenerationOptions, limits: ModelLimits, room: int) -> Sam
     }
     return SamplingParams(
         max_tokens=room if options.max_tokens is None else options.max_tokens,
-        seed=secrets.randbits(_SEED_BITS) if options.seed is None else options.seed,
+        seed=draw_seed() if options.seed is None else options.seed,
         logit_bias=dict(options.logit_bias),
         stop_token_ids=tuple(dict.fromkeys((*end_token_ids, *options.stop_token_ids))),
         **given,

@@ -16,7 +16,7 @@ from segue.errors import DeadlineExceeded, SegueError
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Pauses double from `initial_pause_s` to `max_pause_s`, each shortened at random by up to half. That many attempts in a row
+    """Pauses double from `initial_pause_s` to `max_pause_s`, each shortened at random by up to half. So many attempts in a row
     may fail: one that gave output begins the count anew. Without `resume` a stream that breaks after that has failed."""
 
     max_attempts: int = 3
@@ -67,7 +67,7 @@ class Attempts:
         is_final = self._output_began and not self._policy.resume
         if is_final or not failure.may_retry or self._num_begun >= self._policy.max_attempts:
             raise failure.error
-        pause_s = self._policy.pause_s(self._num_begun, self._draw())
+        pause_s = max(self._policy.pause_s(self._num_begun, self._draw()), failure.error.retry_after_s or 0.0)
         left_s = self._left_s()
         if left_s is not None and pause_s >= left_s:
             raise failure.error

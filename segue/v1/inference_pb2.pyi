@@ -56,12 +56,15 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the model that the cluster serves."""
     text: _builtins.str
     """Tokenized as it stands, with the model's own leading special tokens."""
     num_choices: _builtins.int
     """Number of independent continuations, 1 to 16. Unset: 1."""
+    priority: _builtins.int
+    """Of requests that wait, one with a lower value is served first. -100 to 100. Unset: 0."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Used as it stands."""
@@ -88,10 +91,11 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingOptions | None = ...,
         num_choices: _builtins.int | None = ...,
         resume: Global___Resume | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "chat", b"chat", "num_choices", b"num_choices", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "chat", b"chat", "model", b"model", "num_choices", b"num_choices", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "chat", b"chat", "model", b"model", "num_choices", b"num_choices", "priority", b"priority", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_choices: _TypeAlias = _typing.Literal["num_choices"]  # noqa: Y015
     _WhichOneofArgType__num_choices: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices"]  # noqa: Y015
@@ -740,6 +744,7 @@ class GetClusterStatusResponse(_message.Message):
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
     MEMBERSHIP_FRESH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    ROUTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     active_requests: _builtins.int
     """Requests that this router holds now."""
@@ -748,6 +753,10 @@ class GetClusterStatusResponse(_message.Message):
     version: _builtins.str
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]: ...
+    @_builtins.property
+    def routers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterStatus]:
+        """All that serve this cluster, this one included."""
+
     def __init__(
         self,
         *,
@@ -756,14 +765,46 @@ class GetClusterStatusResponse(_message.Message):
         active_requests: _builtins.int = ...,
         membership_fresh: _builtins.bool = ...,
         version: _builtins.str = ...,
+        routers: _abc.Iterable[Global___RouterStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "membership_fresh", b"membership_fresh", "model", b"model", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "membership_fresh", b"membership_fresh", "model", b"model", "routers", b"routers", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterStatusResponse: _TypeAlias = GetClusterStatusResponse  # noqa: Y015
+
+@_typing.final
+class RouterStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    GRPC_ADDRESS_FIELD_NUMBER: _builtins.int
+    HTTP_ADDRESS_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    grpc_address: _builtins.str
+    http_address: _builtins.str
+    pid: _builtins.int
+    host: _builtins.str
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+        grpc_address: _builtins.str = ...,
+        http_address: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        host: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_address", b"grpc_address", "host", b"host", "http_address", b"http_address", "pid", b"pid", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterStatus: _TypeAlias = RouterStatus  # noqa: Y015
 
 @_typing.final
 class WorkerStatus(_message.Message):
