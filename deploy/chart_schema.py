@@ -15,7 +15,7 @@ from segue.config import EngineSettings, RouterSettings, Settings, WorkerSetting
 SCHEMA = Path(__file__).parent / "helm/segue/values.schema.json"
 # What the chart sets by itself, from other values.
 _OF_CLUSTER = ("cluster_id", "redis", "cluster_secret", "host", "http_port", "grpc_port", "model", "model_dir", "model_name")
-_OF_ROUTER = (*_OF_CLUSTER, "drain_s", "api_keys_file", "tls_cert", "tls_key", "tls_client_ca")
+_OF_ROUTER = (*_OF_CLUSTER, "router_id", "shares_ports", "drain_s", "api_keys_file", "tls_cert", "tls_key", "tls_client_ca")
 _OF_WORKER = (*_OF_CLUSTER, "drain_s", "kv_port", "health_port", "worker_id", "roles", "rank", "group")
 # A pool cannot differ in these from what its pods' volumes and network policies are made for.
 _OF_ENGINE = ("device", "prefill_tp", "decode_tp", "kv_transport")
