@@ -31,6 +31,7 @@ from deploy.replica import num_starts, worker_log
 from deploy.router_process import ROUTER_COMMAND, RouterProcess
 from deploy.valkey import embedded_valkey
 from deploy.waiting import all_of, in_daemon_thread
+from segue.cluster_secret import new_secret
 from segue.config import ClusterSettings, WorkerSettings
 from segue.errors import ConfigError, DeadlineExceeded, InternalError
 from segue.membership import Membership
@@ -64,7 +65,8 @@ class Launch:
     """
 
     def __init__(self, settings: ClusterSettings, report: Report = silent, programs: Programs = Programs()) -> None:
-        self._settings = settings
+        # Without one of its user's, a cluster has one of its own in each life.
+        self._settings = settings.model_copy(update={"cluster_secret": settings.cluster_secret or new_secret()})
         self._report = report
         self._programs = programs
         self._stack = AsyncExitStack()

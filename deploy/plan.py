@@ -41,6 +41,7 @@ def plan_workers(
         WorkerSettings(
             **engine,
             cluster_id=cluster_id,
+            cluster_secret=settings.cluster_secret,
             redis=redis,
             worker_id=worker_id,
             roles=roles,
@@ -54,6 +55,7 @@ def plan_workers(
 def plan_router(settings: ClusterSettings, *, cluster_id: str, redis: str, model: ModelHandle) -> RouterSettings:
     return RouterSettings(
         cluster_id=cluster_id,
+        cluster_secret=settings.cluster_secret,
         redis=redis,
         model_dir=model.path,
         model_name=model.name,

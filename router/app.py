@@ -37,7 +37,7 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
     model_config = ModelConfig.from_dir(settings.model_dir)
     router_id = f"router-{uuid.uuid4().hex[:8]}"
     async with Membership(settings.redis, settings.cluster_id) as membership:
-        async with Workers(membership, router_id, settings.model_name).running() as workers:
+        async with Workers(membership, router_id, settings.model_name, settings.secret).running() as workers:
             placement = Placement(workers, settings.policy, may_join=settings.disaggregate == "auto")
             coordinator = Coordinator(
                 workers,

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from segue.chaos import check_chaos
+from segue.cluster_secret import ClusterSecret, check_secret
 from segue.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -93,6 +94,18 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not valid TOML: {error}") from None
 
 
+class MemberSettings(Settings):
+    """What makes a process a member of its cluster. Never a flag: command lines can be read by everyone on the machine."""
+
+    cluster_secret: Annotated[str, AfterValidator(check_secret)] = Field(
+        "", repr=False, description="Known to the cluster's processes alone; without it, whoever reaches their ports is let in"
+    )
+
+    @property
+    def secret(self) -> ClusterSecret | None:
+        return ClusterSecret.of(self.cluster_secret)
+
+
 class EngineSettings(Settings):
     """What decides how a worker computes; all workers of a cluster share it."""
 
@@ -120,6 +133,9 @@ class EngineSettings(Settings):
     max_batch: int = Field(64, ge=1, description="Sequences that one worker decodes at a time")
     kv_pull: bool = Field(True, description="Fetch what decode has of a conversation instead of computing it")
     kv_transport: KVTransport = Field("auto", description="How KV travels between workers")
+    kv_encryption: bool = Field(
+        True, description="Let only processes with the cluster secret at KV sockets, and encrypt; slows TCP, not shared memory"
+    )
     chaos: Annotated[str, AfterValidator(check_chaos)] = Field(
         "", description='Faults to inject, such as "seed=1,drop=0.01,kill=decode@push:3" (docs/chaos.md); none if not given'
     )
@@ -142,23 +158,23 @@ class RoutingSettings(Settings):
     )
 
 
-class ClusterSettings(EngineSettings, RoutingSettings):
+class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings):
     """All that `segue up` takes."""
 
     model: str = Field(DEFAULT_MODEL, description="Model directory, .gguf file, Hub id or name of an imported model")
     prefill: int = Field(1, ge=1, le=64, description="Prefill workers")
     decode: int = Field(1, ge=1, le=64, description="Decode workers")
     colocated: bool = Field(False, description="Run both phases in one worker, for comparison")
-    redis: str | None = Field(None, description="Redis or Valkey URL; without it an embedded Valkey is started")
+    redis: str | None = Field(None, repr=False, description="Redis or Valkey URL; without it an embedded Valkey is started")
     ray_address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started")
     host: str = Field(LOOPBACK, description="Address that the router listens on")
     http_port: Port = Field(8000, description="OpenAI-compatible HTTP API; 0 picks a free port")
     grpc_port: Port = Field(50051, description="gRPC API; 0 picks a free port")
 
 
-class RouterSettings(RoutingSettings):
+class RouterSettings(RoutingSettings, MemberSettings):
     cluster_id: str
-    redis: str
+    redis: str = Field(repr=False)
     model_dir: Path
     model_name: str
     host: str = LOOPBACK
@@ -171,9 +187,9 @@ class RouterSettings(RoutingSettings):
     max_attempts: int = Field(8, ge=1)
 
 
-class WorkerSettings(EngineSettings):
+class WorkerSettings(EngineSettings, MemberSettings):
     cluster_id: str
-    redis: str
+    redis: str = Field(repr=False)
     worker_id: str
     roles: Annotated[tuple[Role, ...], BeforeValidator(parse_names)] = Field(min_length=1)
     model_dir: Path

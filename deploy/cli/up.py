@@ -54,6 +54,7 @@ def up(
     kv_transport: Annotated[str | None, _flag("kv_transport", shape="auto|shm|tcp|dist")] = None,
     policy: Annotated[str | None, _flag("policy", shape="cost|least_loaded|round_robin|random")] = None,
     disaggregate: Annotated[str | None, _flag("disaggregate", shape="auto|always")] = None,
+    kv_encryption: Annotated[bool | None, _flag("kv_encryption", flag="--kv-encryption/--no-kv-encryption")] = None,
     chaos: Annotated[str | None, _flag("chaos", shape="FAULTS")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.", show_default=False)] = None,
 ) -> None:
