@@ -1,14 +1,14 @@
 """What placement knows of the workers: a row of numbers for each, and the prefix caches of all.
 
-A link owns its row and says when something of it changed; the rows are brought up to date when somebody looks. So a placement
-among a thousand workers touches the few that changed, and computes with whole columns.
+A link owns its row and brings it up to date when something of it changed. So a placement among a thousand workers looks at none
+of them by itself, and computes with whole columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,7 @@ from segue.prefix import block_hashes
 from segue.v1 import worker_pb2
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerFacts:
+class WorkerFacts(NamedTuple):
     """One worker now. The fields are the columns of `Fleet.rows`, in this order."""
 
     # It takes new sequences.
@@ -47,8 +46,8 @@ class WorkerFacts:
 
 
 Rows = NDArray[np.void]
-_COLUMN_TYPES = {"bool": np.bool_, "int": np.int64, "float": np.float64}
-_ROW = np.dtype([(name, _COLUMN_TYPES[str(field.type)]) for name, field in WorkerFacts.__dataclass_fields__.items()])
+_COLUMN_TYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
+_ROW = np.dtype([(name, _COLUMN_TYPES[kind]) for name, kind in get_type_hints(WorkerFacts).items()], align=True)
 
 
 class Member(Protocol):
@@ -59,11 +58,14 @@ class Member(Protocol):
 
 class Fleet:
     def __init__(self) -> None:
-        self._rows: Rows = np.zeros(16, _ROW)
+        # One for each member, and some that are not available because nobody has them.
+        self.rows: Rows = np.zeros(16, _ROW)
         # By row; None: the row is free.
         self._members: list[Member | None] = [None] * 16
-        self._stale: set[int] = set()
         self._numbers: dict[str, int] = {"": 0}
+        # How many members have each. They stay as they are for as long as a member is here.
+        self._num_of_layout: Counter[int] = Counter()
+        self._num_of_block_size: Counter[int] = Counter()
         self._index = PrefixIndex()
         # By row: the number of the last cache events; None until the first snapshot, and after a gap.
         self._heard: dict[int, int | None] = {}
@@ -71,23 +73,36 @@ class Fleet:
     def join(self, member: Member) -> int:
         """Gives the member's row, its own until it leaves."""
         if None not in self._members:
-            self._rows = np.concatenate([self._rows, np.zeros(len(self._rows), _ROW)])
+            self.rows = np.concatenate([self.rows, np.zeros(len(self.rows), _ROW)])
             self._members += [None] * len(self._members)
         row = self._members.index(None)
         self._members[row] = member
         self._heard[row] = None
-        self._stale.add(row)
+        self._count(member, 1)
+        self.changed(row)
         return row
 
     def leave(self, row: int) -> None:
+        self._count(self.member(row), -1)
         self._members[row] = None
-        self._rows[row] = np.zeros((), _ROW)
-        self._stale.discard(row)
+        self.rows[row] = np.zeros((), _ROW)
         self._index.forget(row)
+
+    def _count(self, member: Member, change: int) -> None:
+        facts = member.facts()
+        for counter, value in ((self._num_of_layout, facts.layout), (self._num_of_block_size, facts.block_size)):
+            counter[value] += change
+            if not counter[value]:
+                del counter[value]
+
+    @property
+    def layouts(self) -> list[int]:
+        """Those that members have."""
+        return list(self._num_of_layout)
 
     def changed(self, row: int) -> None:
         """The member's facts are not what they were."""
-        self._stale.add(row)
+        self.rows[row] = self.member(row).facts()
 
     def number(self, name: str) -> int:
         """Stands for `name` in a column: equal names have equal numbers, no name has 0."""
@@ -97,13 +112,6 @@ class Fleet:
         member = self._members[row]
         assert member is not None
         return member
-
-    def rows(self) -> Rows:
-        """One for each member, and some that are not available because nobody has them."""
-        for row in self._stale:
-            self._rows[row] = astuple(self.member(row).facts())
-        self._stale.clear()
-        return self._rows
 
     def hear_cache(self, row: int, events: worker_pb2.CacheEvents) -> None:
         """Follows the worker's prefix cache. After a gap nothing is known of it until the next snapshot."""
@@ -121,19 +129,21 @@ class Fleet:
 
     def cached_tokens(self, token_ids: Sequence[int], salt: bytes) -> NDArray[np.int64]:
         """By row: how many leading tokens have their KV in the worker's prefix cache."""
-        rows = self.rows()
-        cached = np.zeros(len(rows), np.int64)
+        cached = np.zeros(len(self.rows), np.int64)
         if self._index.is_empty:
             return cached
-        for block_size in np.unique(rows["block_size"][rows["available"]]).tolist():
-            for workers, num_blocks in self._index.leading_blocks(block_hashes(token_ids, block_size, salt)).items():
-                held = _bits(workers, len(rows)) & (rows["block_size"] == block_size)
-                cached[held] = num_blocks * block_size
+        for block_size in self._num_of_block_size:
+            # Blocks of other sizes have other hashes: only workers that have this size are found.
+            holders = self._index.leading_blocks(block_hashes(token_ids, block_size, salt))
+            if holders:
+                which, row = np.divmod(np.flatnonzero(_bits(holders, len(cached))), len(cached))
+                cached[row] = np.array(list(holders.values()))[which] * block_size
         return cached
 
 
-def _bits(number: int, count: int) -> NDArray[np.bool_]:
-    """The lowest `count` bits, the lowest first."""
-    data = np.frombuffer(number.to_bytes(-(-count // 8), "little"), np.uint8)
-    bits: NDArray[Any] = np.unpackbits(data, count=count, bitorder="little")
-    return bits.astype(np.bool_)
+def _bits(numbers: Collection[int], count: int) -> NDArray[np.bool_]:
+    """The lowest `count` bits of each, the lowest first: [len(numbers), count]."""
+    num_bytes = -(-count // 8)
+    data = b"".join([number.to_bytes(num_bytes, "little") for number in numbers])
+    bits = np.unpackbits(np.frombuffer(data, np.uint8).reshape(-1, num_bytes), axis=1, count=count, bitorder="little")
+    return bits.view(np.bool_)

@@ -88,7 +88,7 @@ class Placement:
 
     def place(self, wanted: Wanted) -> Placed:
         """Raises NoWorker when a role is missing or no two workers fit together, InvalidRequest when it is too long."""
-        rows = self._workers.fleet.rows()
+        rows = self._workers.fleet.rows
         cached = self._workers.fleet.cached_tokens(wanted.token_ids, wanted.cache_salt)
         self._turn += 1
         choices = [self._policy(situation) for situation in self._situations(rows, cached, wanted)]
@@ -104,15 +104,15 @@ class Placement:
         """One for each KV layout that has workers for the sequence. Raises NoWorker."""
         num_tokens, draw = len(wanted.token_ids), self._random.random()
         prefills, decodes = rows["available"] & rows["prefills"], rows["available"] & rows["decodes"]
-        layouts = np.intersect1d(rows["layout"][prefills], rows["layout"][decodes]).tolist()
-        if not layouts:
+        of_layouts = [rows["layout"] == layout for layout in self._workers.fleet.layouts]
+        paired = [here for here in of_layouts if (prefills & here).any() and (decodes & here).any()]
+        if not paired:
             raise _no_worker(prefills, decodes)
         trusted = self._trusted(rows, wanted.suspects)
         roomy_for_prompt = rows["capacity_tokens"] >= num_tokens
         roomy_for_all = rows["capacity_tokens"] >= num_tokens + wanted.max_tokens
         (near_ms, near_ms_per_token), (far_ms, far_ms_per_token) = self._near.line(), self._far.line()
-        for layout in layouts:
-            here = rows["layout"] == layout
+        for here in paired:
             senders = _preferred(prefills & here & roomy_for_prompt, trusted)
             receivers = _preferred(decodes & here & roomy_for_all, trusted)
             # A colocated worker pairs with itself only.

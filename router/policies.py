@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +37,9 @@ CACHED_ON_DECODE = "cached_on_decode"
 DECODE_FULL = "decode_full"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Situation:
-    """One sequence and the workers of one layout that could serve it."""
+    """One sequence and the workers of one layout that could serve it. The properties are the terms of its cost, by row."""
 
     rows: Rows
     # Candidates for either side; those in both are colocated workers, which pair with themselves.
@@ -61,6 +62,51 @@ class Situation:
     turn: int = 0
     draw: float = 0.0
     is_split: bool = True
+
+    @cached_property
+    def prompt_ms(self) -> Milliseconds:
+        """To compute what is not cached. The last token always is computed: its logits are what the prompt is computed for."""
+        return np.maximum(self.num_tokens - self.cached, 1) * self._prefill_ms_per_token
+
+    @cached_property
+    def first_token_ms(self) -> Milliseconds:
+        """Until the first token: what is ahead, and the prompt."""
+        return self.rows["queued_tokens"] * self._prefill_ms_per_token + self.prompt_ms
+
+    @cached_property
+    def moved_tokens(self) -> NDArray[np.int64]:
+        """Whose KV is sent, should the row decode."""
+        return np.maximum(self.num_tokens - self.cached, 0)
+
+    @cached_property
+    def decode_ms(self) -> Milliseconds:
+        """Of all steps, and of what this sequence adds to the steps of those that run already; and waiting for memory."""
+        rows = self.rows
+        per_step = _measured(rows["decode_ms_per_step"], DEFAULT_DECODE_MS_PER_STEP)
+        per_sequence = _measured(rows["decode_ms_per_sequence"], DEFAULT_DECODE_MS_PER_SEQUENCE)
+        running = rows["sequences"]
+        own = per_step + per_sequence * (running + 1)
+        # Others have to end first, which takes as long as they take.
+        total: Milliseconds = self.expected_tokens * (own * (1 + self.lacks_memory) + per_sequence * running)
+        return total
+
+    @cached_property
+    def lacks_memory(self) -> Mask:
+        """Where the prompt does not fit into what is not leased now."""
+        needed = self.moved_tokens // np.maximum(self.rows["block_size"], 1) + 1
+        lacks: Mask = needed > self.rows["available_blocks"]
+        return lacks
+
+    @cached_property
+    def _prefill_ms_per_token(self) -> Milliseconds:
+        return _measured(self.rows["prefill_ms_per_token"], DEFAULT_PREFILL_MS_PER_TOKEN)
+
+
+def _measured(column: Milliseconds, default: float) -> Milliseconds:
+    """A worker that has measured nothing is taken to be like the others."""
+    known = column > 0
+    num_known = np.count_nonzero(known)
+    return column if num_known == len(column) else np.where(known, column, column.sum() / num_known if num_known else default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,65 +170,19 @@ def _pair_at(situation: Situation, prefill_number: int, decode_number: int) -> C
     return Choice(prefill, int(decodes[decode_number % len(decodes)]), DISAGGREGATED)
 
 
-# The terms of the cost, by row.
-
-
-def prefill_ms_per_token(rows: Rows) -> Milliseconds:
-    return _measured(rows["prefill_ms_per_token"], DEFAULT_PREFILL_MS_PER_TOKEN)
-
-
-def _measured(column: Milliseconds, default: float) -> Milliseconds:
-    """A worker that has measured nothing is taken to be like the others."""
-    known = column > 0
-    num_known = np.count_nonzero(known)
-    return column if num_known == len(column) else np.where(known, column, column.sum() / num_known if num_known else default)
-
-
-def uncached_tokens(situation: Situation) -> NDArray[np.int64]:
-    """The last token is always computed: its logits are what the prompt is computed for."""
-    return np.maximum(situation.num_tokens - situation.cached, 1)
-
-
-def prefill_cost_ms(situation: Situation) -> Milliseconds:
-    """Until the first token: what is ahead, and the prompt itself."""
-    return (situation.rows["queued_tokens"] + uncached_tokens(situation)) * prefill_ms_per_token(situation.rows)
-
-
-def decode_cost_ms(situation: Situation) -> Milliseconds:
-    """Of all steps, and of what this sequence adds to the steps of those that run already; and waiting for memory."""
-    rows = situation.rows
-    per_step = _measured(rows["decode_ms_per_step"], DEFAULT_DECODE_MS_PER_STEP)
-    per_sequence = _measured(rows["decode_ms_per_sequence"], DEFAULT_DECODE_MS_PER_SEQUENCE)
-    running = rows["sequences"]
-    own = per_step + per_sequence * (running + 1)
-    waiting = np.where(lacks_memory(situation), own, 0.0)  # for others to end, which takes as long as they take
-    total: Milliseconds = situation.expected_tokens * (own + per_sequence * running + waiting)
-    return total
-
-
-def lacks_memory(situation: Situation) -> Mask:
-    """Where the prompt does not fit into what is not leased now."""
-    rows = situation.rows
-    needed = (situation.num_tokens - situation.cached) // np.maximum(rows["block_size"], 1) + 1
-    lacks: Mask = needed > rows["available_blocks"]
-    return lacks
-
-
 def _best_split(situation: Situation) -> Choice | None:
     """On two workers. Pairs on one host and on two are looked at apart: then the cost is a sum of two columns, and the best of
     each gives the best pair."""
     senders = situation.prefills & ~situation.decodes
     if not senders.any() or not situation.decodes.any():
         return None
-    rows = situation.rows
-    first = np.where(senders, prefill_cost_ms(situation) + situation.hand_over_ms, np.inf)
-    second = np.where(situation.decodes, decode_cost_ms(situation), np.inf)
-    moved = np.maximum(situation.num_tokens - situation.cached, 0)
-    far = second + moved * max(situation.far_ms_per_token, situation.near_ms_per_token)
-    near = second + moved * situation.near_ms_per_token
+    first = np.where(senders, situation.first_token_ms + situation.hand_over_ms, np.inf)
+    second = np.where(situation.decodes, situation.decode_ms, np.inf)
+    far = second + situation.moved_tokens * max(situation.far_ms_per_token, situation.near_ms_per_token)
+    near = second + situation.moved_tokens * situation.near_ms_per_token
     prefill, decode = int(np.argmin(first)), int(np.argmin(far))
     best = Choice(prefill, decode, DISAGGREGATED, float(first[prefill] + far[decode]))
-    hosts = rows["host"]
+    hosts = situation.rows["host"]
     num_hosts = int(hosts.max()) + 1
     first_of_host, near_of_host = np.full(num_hosts, np.inf), np.full(num_hosts, np.inf)
     np.minimum.at(first_of_host, hosts, first)
@@ -204,14 +204,13 @@ def _best_joined(situation: Situation) -> Choice | None:
     colocated = situation.prefills & situation.decodes
     candidates = colocated
     decode_is_full = False
-    prompt_ms = uncached_tokens(situation) * prefill_ms_per_token(rows)
     if situation.may_join:
-        decode_is_full = bool(np.all(lacks_memory(situation)[situation.decodes]))
+        decode_is_full = bool(np.all(situation.lacks_memory[situation.decodes]))
         idle = situation.prefills & (rows["queued_tokens"] == 0)
-        candidates = candidates | (idle if decode_is_full else situation.decodes & (prompt_ms <= MAX_STALL_MS))
+        candidates = candidates | (idle if decode_is_full else situation.decodes & (situation.prompt_ms <= MAX_STALL_MS))
     if not candidates.any():
         return None
-    total = prefill_cost_ms(situation) + rows["sequences"] * prompt_ms + decode_cost_ms(situation)
+    total = situation.first_token_ms + rows["sequences"] * situation.prompt_ms + situation.decode_ms
     row = int(np.argmin(np.where(candidates, total, np.inf)))
     if colocated[row]:
         reason = COLOCATED

@@ -41,8 +41,8 @@ PREFILL = WorkerFacts(
     decode_ms_per_step=10.0,
     decode_ms_per_sequence=1.0,
 )
-DECODE = replace(PREFILL, prefills=False, decodes=True)
-BOTH = replace(PREFILL, decodes=True)
+DECODE = PREFILL._replace(prefills=False, decodes=True)
+BOTH = PREFILL._replace(decodes=True)
 
 
 class Known:
@@ -57,7 +57,7 @@ def situation(workers: list[WorkerFacts], cached: list[int] | None = None, **val
     fleet = Fleet()
     for worker in workers:
         fleet.join(Known(worker))
-    rows = fleet.rows()
+    rows = fleet.rows
     known = np.zeros(len(rows), np.int64)
     known[: len(cached or [])] = cached or []
     given_values = {"num_tokens": 100, "expected_tokens": 50.0, "cached": known} | values
@@ -134,7 +134,7 @@ def test_the_least_cost_of_all_pairs(
 ) -> None:
     s = situation(
         [worker for worker, _ in fleet],
-        [cached for _, cached in fleet],
+        [min(cached, num_tokens) for _, cached in fleet],
         num_tokens=num_tokens,
         hand_over_ms=base,
         near_ms_per_token=near,
@@ -176,7 +176,7 @@ def test_roles_are_kept(name: str) -> None:
 
 
 def test_a_prompt_goes_where_its_beginning_is() -> None:
-    fleet = [PREFILL, replace(PREFILL, queued_tokens=50), DECODE]
+    fleet = [PREFILL, PREFILL._replace(queued_tokens=50), DECODE]
     assert cost(situation(fleet, [0, 0, 0])).prefill == 0
     assert cost(situation(fleet, [0, 80, 0])).prefill == 1, "80 tokens that are there outweigh 50 that are ahead"
     assert cost(situation(fleet, [0, 40, 0])).prefill == 0, "40 do not"
@@ -186,9 +186,9 @@ def test_short_prompts_stay_on_an_idle_decode_worker() -> None:
     fleet, far = [PREFILL, DECODE], {"hand_over_ms": 10.0, "may_join": True}
     s = situation(fleet, num_tokens=5, expected_tokens=1.0, **far)
     assert (cost(s).prefill, cost(s).reason) == (1, SHORT_PROMPT)
-    busy = [PREFILL, replace(DECODE, sequences=8, decode_ms_per_step=0.01, decode_ms_per_sequence=0.01)]
+    busy = [PREFILL, DECODE._replace(sequences=8, decode_ms_per_step=0.01, decode_ms_per_sequence=0.01)]
     assert cost(replace(s, rows=situation(busy).rows)).reason == DISAGGREGATED, "eight others would wait"
-    slow = [replace(PREFILL, prefill_ms_per_token=21.0), replace(DECODE, prefill_ms_per_token=21.0)]
+    slow = [PREFILL._replace(prefill_ms_per_token=21.0), DECODE._replace(prefill_ms_per_token=21.0)]
     assert cost(replace(s, rows=situation(slow).rows)).reason == DISAGGREGATED, "whoever comes next would wait"
     assert cost(replace(s, may_join=False)).reason == DISAGGREGATED
 
@@ -199,10 +199,10 @@ def test_a_prompt_that_decode_knows_stays_there() -> None:
 
 
 def test_an_idle_prefill_worker_decodes_when_decode_is_full() -> None:
-    full = replace(DECODE, available_blocks=0, sequences=30)
+    full = DECODE._replace(available_blocks=0, sequences=30)
     s = situation([PREFILL, full], may_join=True)
     assert (cost(s).prefill, cost(s).decode, cost(s).reason) == (0, 0, DECODE_FULL)
-    assert cost(situation([replace(PREFILL, queued_tokens=10), full], may_join=True)).reason == DISAGGREGATED
+    assert cost(situation([PREFILL._replace(queued_tokens=10), full], may_join=True)).reason == DISAGGREGATED
 
 
 def test_two_ways_that_cost_the_same_do_not_alternate() -> None:
