@@ -8,16 +8,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from router.caller import CURRENT_CALLER
 from router.generation import GenerationEvent, generate
 from router.metrics import Metrics
 from router.options import GenerationOptions, GenerationSpec, ModelLimits, build_spec
 from router.readiness import Readiness
 from router.sequence import SequenceServer
 from router.text import ChatMessage, Tokenizer
-from segue.errors import ModelNotFound, RequestCancelled
+from segue.errors import InvalidRequest, ModelNotFound, RequestCancelled
 
 # Shorter texts are encoded faster than a thread is woken.
 _INLINE_CHARACTERS = 4096
+MAX_MESSAGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Service:
         return await asyncio.to_thread(self.tokenizer.encode, text)
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        if len(messages) > MAX_MESSAGES:
+            raise InvalidRequest("messages", f"at most {MAX_MESSAGES}, not {len(messages)}")
         if sum(len(message.content) for message in messages) <= _INLINE_CHARACTERS:
             return self.tokenizer.encode_chat(messages)
         return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
@@ -59,7 +63,7 @@ class Service:
         *,
         continues_text: bool = True,
     ) -> GenerationSpec:
-        """See router.options.build_spec."""
+        """See router.options.build_spec. The running task's caller is whom it is for."""
         return build_spec(
             request_id,
             prompt_token_ids,
@@ -68,6 +72,7 @@ class Service:
             max_sequence_tokens=self.server.max_sequence_tokens,
             names=names,
             continues_text=continues_text,
+            caller=CURRENT_CALLER.get(),
         )
 
     def generate(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:

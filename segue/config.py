@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from segue.chaos import check_chaos
 from segue.cluster_secret import ClusterSecret, check_secret
@@ -23,6 +23,7 @@ from segue.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 LOOPBACK = "127.0.0.1"
+LOOPBACK_NAMES = frozenset({LOOPBACK, "localhost", "::1"})
 
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -73,7 +74,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors())
             raise ConfigError(f"bad settings: {problems}") from None
 
     def to_env(self) -> dict[str, str]:
@@ -158,7 +159,28 @@ class RoutingSettings(Settings):
     )
 
 
-class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings):
+class DoorSettings(Settings):
+    """Whom a router lets in, and what it shows to them."""
+
+    api_keys_file: Path | None = Field(
+        None, description="File of API keys, as `segue keys create` writes it; without it nobody needs a key"
+    )
+    tls_cert: Path | None = Field(None, description="Certificate chain (PEM) for both APIs: they then speak TLS alone")
+    tls_key: Path | None = Field(None, description="Private key of --tls-cert (PEM)")
+    tls_client_ca: Path | None = Field(
+        None, description="Authorities (PEM), one of which must have signed each client's certificate: mutual TLS"
+    )
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key: give both or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca: needs tls_cert and tls_key")
+        return self
+
+
+class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings, DoorSettings):
     """All that `segue up` takes."""
 
     model: str = Field(DEFAULT_MODEL, description="Model directory, .gguf file, Hub id or name of an imported model")
@@ -172,7 +194,7 @@ class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings):
     grpc_port: Port = Field(50051, description="gRPC API; 0 picks a free port")
 
 
-class RouterSettings(RoutingSettings, MemberSettings):
+class RouterSettings(RoutingSettings, MemberSettings, DoorSettings):
     cluster_id: str
     redis: str = Field(repr=False)
     model_dir: Path
@@ -182,6 +204,8 @@ class RouterSettings(RoutingSettings, MemberSettings):
     grpc_port: Port = 50051
     max_active_requests: int = Field(1024, ge=1)
     max_body: NumBytes = 8 * 2**20
+    # To each of the two APIs.
+    max_connections: int = Field(4096, ge=1)
     request_timeout_s: float = Field(600.0, gt=0)
     # How often a request may be started in all, when workers are lost or hand-overs fail.
     max_attempts: int = Field(8, ge=1)

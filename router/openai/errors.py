@@ -15,7 +15,13 @@ from segue.errors import InternalError, InvalidRequest, RequestTooLarge, SegueEr
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = "1"
-_TYPES = {404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    429: "rate_limit_error",
+}
 
 # Set on a request whose answer has begun: no other answer can be given then.
 STREAM_STARTED = web.RequestKey("stream_started", bool)
@@ -37,6 +43,8 @@ def _body(message: str, status: int, code: str, param: str | None) -> dict[str, 
 
 def error_response(error: SegueError) -> web.Response:
     headers = {"Retry-After": RETRY_AFTER_S} if error.http_status in {429, 503} else {}
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return _respond(error_body(error), error.http_status, headers)
 
 

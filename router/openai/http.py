@@ -11,8 +11,11 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from router.access import Access
+from router.http_server import read_body_in_time
 from router.merge import merge
 from router.metrics import RequestMeter
+from router.openai.authentication import authenticate
 from router.openai.errors import REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request_id
 from router.openai.fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, parse_body
 from router.openai.responses import CHAT, COMPLETION, Answer, Endpoint, to_json
@@ -35,9 +38,10 @@ class _Plan:
     include_usage: bool
 
 
-def build_application(service: Service) -> web.Application:
+def build_application(service: Service, access: Access) -> web.Application:
     handlers = _Handlers(service)
-    application = web.Application(middlewares=[give_request_id, answer_errors], client_max_size=service.max_body)
+    middlewares = [give_request_id, answer_errors, authenticate(access), read_body_in_time]
+    application = web.Application(middlewares=middlewares, client_max_size=service.max_body)
     application.on_response_prepare.append(show_request_id)
     application.add_routes(
         [

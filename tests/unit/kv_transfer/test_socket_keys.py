@@ -36,6 +36,8 @@ async def test_members_transfer_over_every_transport(pair, transport):
 
 @pytest.mark.parametrize(("receiving", "sending"), [(KEYS, OTHER), (KEYS, None), (None, KEYS)], ids=["other", "none", "only"])
 async def test_a_stranger_is_refused_at_once_and_both_sides_name_the_setting(pair, receiving, sending, caplog):
+    logged = asyncio.Event()
+    caplog.handler.addFilter(lambda record: logged.set() or True)
     receiver = await pair.receiver(keys=receiving)
     sender = await pair.sender(keys=sending, transports=("tcp",))
     incoming = receiver.expect(0, [5])
@@ -44,8 +46,8 @@ async def test_a_stranger_is_refused_at_once_and_both_sides_name_the_setting(pai
     assert receiver.num_bad_frames == 0
     if receiving is not None:
         async with asyncio.timeout(10):
-            while "SEGUE_CLUSTER_SECRET" not in caplog.text:
-                await asyncio.sleep(0.01)
+            await logged.wait()
+        assert "SEGUE_CLUSTER_SECRET" in caplog.text
 
 
 async def test_who_has_no_key_cannot_make_a_worker_allocate(pair):
