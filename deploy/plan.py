@@ -50,11 +50,15 @@ def plan_workers(
     ]
 
 
-def plan_router(settings: ClusterSettings, *, cluster_id: str, redis: str, model: ModelHandle) -> RouterSettings:
-    # The router's working folder is the launcher's, and yet: a path that is whole means the same everywhere.
+def plan_router(
+    settings: ClusterSettings, *, cluster_id: str, redis: str, model: ModelHandle, number: int = 0
+) -> RouterSettings:
+    """Those of the first router may name no ports; the others are given the ports that it then has."""
     door = {name: path.absolute() for name in DoorSettings.model_fields if (path := getattr(settings, name)) is not None}
     return RouterSettings(
         **door,
+        router_id=f"router-{number}",
+        shares_ports=settings.routers > 1,
         cluster_id=cluster_id,
         cluster_secret=settings.cluster_secret,
         redis=redis,
@@ -65,6 +69,7 @@ def plan_router(settings: ClusterSettings, *, cluster_id: str, redis: str, model
         grpc_port=settings.grpc_port,
         policy=settings.policy,
         disaggregate=settings.disaggregate,
+        max_wait_s=settings.max_wait_s,
     )
 
 

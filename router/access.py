@@ -72,8 +72,15 @@ class Access:
             raise PermissionDenied(
                 f"API key {key.name!r} is for {', '.join(key.permissions)}; this needs {' or '.join(sorted(needs))}"
             )
-        limits = CallerLimits(key.requests_per_minute, key.tokens_per_minute, key.weight, key.max_priority)
-        return Caller(key.tenant, 0, cache_salt(key.tenant, self._secret), key.key_id, limits)
+        limits = CallerLimits(key.requests_per_minute, key.tokens_per_minute, key.best_priority)
+        return Caller(
+            tenant=key.tenant,
+            weight=key.weight,
+            priority=key.best_priority,
+            cache_salt=cache_salt(key.tenant, self._secret),
+            key_id=key.key_id,
+            limits=limits,
+        )
 
     def _key(self, authorization: str | None) -> ApiKey:
         if not authorization:

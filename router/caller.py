@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class CallerLimits:
-    """What an API key allows. None: no limit. `weight` is the tenant's share of a busy cluster, beside the others'."""
+    """What an API key allows. None: no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
-    weight: float = 1.0
-    # The highest that a request may ask for.
-    max_priority: int | None = None
+    # The lowest number, which is the most urgent, that a request gets, whatever it asks for.
+    best_priority: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`tenant` shares the cluster's work with others, fairly; `cache_salt` separates its prefix caches from theirs. `key_id`
-    names the API key that the call came with, which the limits are those of."""
+    """`tenant` shares the cluster's work with others, by `weight`; `cache_salt` separates its prefix caches from theirs. Of
+    requests that wait a lower `priority` is served first. `key_id` names the API key that the call came with, of which the
+    limits are."""
 
     tenant: str = ""
+    weight: float = 1.0
     priority: int = 0
     cache_salt: bytes = b""
     key_id: str = ""
     limits: CallerLimits = CallerLimits()
+
+    def asking(self, priority: int) -> Caller:
+        """The same with a request's priority, as far as its key allows."""
+        best = self.limits.best_priority
+        return replace(self, priority=priority if best is None else max(priority, best))
 
 
 ANONYMOUS = Caller()

@@ -111,20 +111,22 @@ class Front:
         exits.push_async_callback(server.stop)
         host, port = settings.host, settings.http_port
         try:
-            self._http_port = await server.start(host, port, None if self._tls is None else self._tls.http)
+            tls = None if self._tls is None else self._tls.http
+            self._http_port = await server.start(host, port, tls, reuse_port=settings.shares_ports)
         except OSError as error:
             raise _cannot_listen(host, port, "http_port", error) from None
         return server
 
     async def _start_grpc(self, exits: AsyncExitStack) -> grpc.aio.Server:
         settings = self._settings
-        options = server_options(settings.max_body, settings.max_connections)
+        options = server_options(settings.max_body, settings.max_connections, shares_port=settings.shares_ports)
         server = grpc.aio.server(interceptors=[Authentication(self._access)], options=options)
         add_services(server, self._service)
         host, port = settings.host, settings.grpc_port
         try:
             # gRPC itself does not tell why it cannot listen.
-            with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with socket.create_server((host, port), family=family, reuse_port=self._settings.shares_ports):
                 pass
             address = _address(host, port)
             if self._tls is None:

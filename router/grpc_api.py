@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
@@ -17,10 +18,11 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from grpc_reflection.v1alpha import reflection
 
+from router.caller import CURRENT_CALLER
 from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
 from router.grpc_health import HEALTH_SERVICE_NAME, add_health
 from router.grpc_options import options_from_pb
-from router.options import GenerationSpec
+from router.options import GenerationSpec, Seen
 from router.service import Service, new_request_id
 from router.text import ChatMessage
 from segue.errors import InternalError, InvalidRequest, SegueError
@@ -38,13 +40,13 @@ _MAX_CALLS_PER_CONNECTION = 1024
 _MAX_METADATA_BYTES = 16 * 2**10
 
 
-def server_options(max_body: int, max_connections: int) -> list[tuple[str, int]]:
+def server_options(max_body: int, max_connections: int, *, shares_port: bool = False) -> list[tuple[str, int]]:
     """Channel options for the server, which bound what one client can have of it. Without so_reuseport=0 a port in use would be
     shared without a word."""
     return [
         ("grpc.max_receive_message_length", max_body),
         ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.max_allowed_incoming_connections", max_connections),
         # On one connection; further calls of its client wait there.
         ("grpc.max_concurrent_streams", _MAX_CALLS_PER_CONNECTION),
@@ -80,7 +82,7 @@ class InferenceServicer:
     async def generate(self, data: bytes, context: _Context) -> None:
         async with _errors_abort(context):
             with self._service.metrics.track(_API) as meter:
-                spec = await self._plan(_parse(pb.GenerateRequest, data))
+                spec = await self._plan(_parse(pb.GenerateRequest, data), _deadline_s(context))
                 await self._send(context, self._started(spec))
                 async with aclosing(self._service.generate(spec)) as events:
                     async for event in events:
@@ -111,15 +113,27 @@ class InferenceServicer:
         _parse(pb.GetClusterStatusRequest, data)
         return self._service.server.status().SerializeToString()
 
-    async def _plan(self, request: pb.GenerateRequest) -> GenerationSpec:
+    async def _plan(self, request: pb.GenerateRequest, deadline_s: float | None) -> GenerationSpec:
         self._check_model(request.model)
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing; give text, token_ids or chat")
-        options = options_from_pb(request)
+        options, seen = (
+            options_from_pb(request),
+            [Seen(tuple(choice.token_ids), is_finished=choice.finished) for choice in request.resume.choices],
+        )
         names = {"prompt": kind, "logprobs": "num_logprobs"}
         token_ids = await self._prompt_token_ids(request)
-        return self._service.build_spec(new_request_id(), token_ids, options, names, continues_text=kind != "chat")
+        return self._service.build_spec(
+            new_request_id(),
+            token_ids,
+            options,
+            names,
+            continues_text=kind != "chat",
+            seen=seen,
+            caller=CURRENT_CALLER.get().asking(request.priority),
+            deadline_s=deadline_s,
+        )
 
     async def _prompt_token_ids(self, request: pb.GenerateRequest) -> list[int]:
         if request.HasField("token_ids"):
@@ -143,13 +157,22 @@ class InferenceServicer:
     def _started(self, spec: GenerationSpec) -> pb.GenerateResponse:
         return pb.GenerateResponse(
             started=pb.Started(
-                request_id=spec.request_id, model=self._service.model_name, num_prompt_tokens=len(spec.prompt_token_ids)
+                request_id=spec.request_id,
+                model=self._service.model_name,
+                num_prompt_tokens=len(spec.prompt_token_ids),
+                seed=spec.sampling.seed,
             )
         )
 
     async def _send(self, context: _Context, response: pb.GenerateResponse) -> None:
         async with self._service.client_reads():
             await context.write(response.SerializeToString())
+
+
+def _deadline_s(context: _Context) -> float | None:
+    """The call's own, on the loop's clock."""
+    left_s = context.time_remaining()
+    return None if left_s is None else asyncio.get_running_loop().time() + left_s
 
 
 def event_to_pb(event: GenerationEvent) -> pb.GenerateResponse:
@@ -209,4 +232,6 @@ async def abort_with(context: _Context, error: SegueError) -> None:
     metadata = [("segue-error-code", error.code), ("segue-error-retryable", str(error.retryable).lower())]
     if error.field is not None:
         metadata.append(("segue-error-field", error.field))
+    if error.retry_after_s is not None:
+        metadata.append(("segue-retry-after-ms", str(math.ceil(1000 * error.retry_after_s))))
     await context.abort(error.grpc_status, error.message, tuple(metadata))

@@ -32,7 +32,7 @@ class HttpServer:
         )
         self._listener: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> int:
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None, *, reuse_port: bool = False) -> int:
         """Gives the port. Raises OSError."""
         await self._runner.setup()
         self._listener = await asyncio.get_running_loop().create_server(
@@ -41,6 +41,7 @@ class HttpServer:
             port,
             ssl=tls,
             reuse_address=True,
+            reuse_port=reuse_port,
             ssl_handshake_timeout=None if tls is None else HANDSHAKE_LIMIT_S,
         )
         return int(self._listener.sockets[0].getsockname()[1])

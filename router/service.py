@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from router.caller import CURRENT_CALLER
+from router.caller import ANONYMOUS, Caller
 from router.generation import GenerationEvent, generate
 from router.metrics import Metrics
-from router.options import GenerationOptions, GenerationSpec, ModelLimits, build_spec
+from router.options import GenerationOptions, GenerationSpec, ModelLimits, Seen, build_spec
 from router.readiness import Readiness
 from router.sequence import SequenceServer
 from router.text import ChatMessage, Tokenizer
@@ -62,8 +62,11 @@ class Service:
         names: Mapping[str, str],
         *,
         continues_text: bool = True,
+        seen: Sequence[Seen] = (),
+        caller: Caller = ANONYMOUS,
+        deadline_s: float | None = None,
     ) -> GenerationSpec:
-        """See router.options.build_spec. The running task's caller is whom it is for."""
+        """See router.options.build_spec."""
         return build_spec(
             request_id,
             prompt_token_ids,
@@ -72,7 +75,9 @@ class Service:
             max_sequence_tokens=self.server.max_sequence_tokens,
             names=names,
             continues_text=continues_text,
-            caller=CURRENT_CALLER.get(),
+            seen=seen,
+            caller=caller,
+            deadline_s=deadline_s,
         )
 
     def generate(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:

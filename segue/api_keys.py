@@ -46,7 +46,8 @@ class ApiKey(BaseModel):
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0, le=1000)
-    max_priority: int = 0
+    # Requests get no lower number, which would be more urgent.
+    best_priority: int = 0
     created: str = ""
 
     def is_of(self, text: str) -> bool:

@@ -34,7 +34,7 @@ def create(
     requests_per_minute: Annotated[int | None, typer.Option(help="At most this many requests.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="At most this many tokens, prompts and answers.")] = None,
     weight: Annotated[float, typer.Option(help="Share of a busy cluster, beside the weights of other tenants.")] = 1.0,
-    max_priority: Annotated[int, typer.Option(help="The highest priority that requests may ask for.")] = 0,
+    best_priority: Annotated[int, typer.Option(help="The lowest, most urgent priority number that requests get.")] = 0,
     file: FileOption = DEFAULT_FILE,
 ) -> None:
     """Make a key and print it, once: only its hash is kept.
@@ -50,7 +50,7 @@ def create(
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             weight=weight,
-            max_priority=max_priority,
+            best_priority=best_priority,
         )
         typer.echo(key)
         notes = new_console(stderr=True)
@@ -67,7 +67,7 @@ def list_(file: FileOption = DEFAULT_FILE) -> None:
             limits = [str(number or "") for number in (key.requests_per_minute, key.tokens_per_minute)]
             permissions = ", ".join(key.permissions)
             table.add_row(
-                key.name, key.tenant, key.key_id, permissions, *limits, f"{key.weight:g}", str(key.max_priority), key.created
+                key.name, key.tenant, key.key_id, permissions, *limits, f"{key.weight:g}", str(key.best_priority), key.created
             )
         new_console().print(table)
 

@@ -96,6 +96,8 @@ class _GenerationBody(_Body):
     stop: Annotated[list[str], BeforeValidator(_stop_list)] = Field(default_factory=list)
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
+    # As in vLLM: lower is served first.
+    priority: int = 0
 
     def _options(self, max_tokens: int | None, num_logprobs: int | None) -> GenerationOptions:
         return GenerationOptions(
