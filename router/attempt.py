@@ -57,6 +57,7 @@ class Attempt:
         self._path.prefill_worker = self._prefill.record.worker_id
         self._path.decode_worker = self._decode.record.worker_id if self._hands_over else ""
         self._path.transport = "none"
+        self._path.prefill_queue_s = self._path.transfer_hidden_s = 0.0
         self._path.lifecycle.enter(Phase.RESERVED)
         if self._hands_over:
             reserve = worker_pb2.ReserveDecode(
@@ -125,6 +126,7 @@ class Attempt:
         self._charge.end_prefill()
         self._path.prefill_cached_tokens = first.cached_tokens
         self._path.prefill_pulled_tokens = first.pulled_tokens
+        self._path.prefill_queue_s, self._path.transfer_hidden_s = first.queue_s, first.sending_s
         self._path.lifecycle.enter(Phase.TRANSFERRING)
         self._first_token_is_out = True
         self._enter_decoding()

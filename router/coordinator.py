@@ -93,7 +93,8 @@ class Coordinator:
                                         yield step
                     except SegueError as error:
                         self._fail_over(error, serving)
-        except SegueError:
+        except SegueError as error:
+            path.error = error
             path.lifecycle.enter(Phase.FAILED)
             raise
         finally:

@@ -22,6 +22,7 @@ from router.metrics import Metrics
 from router.openai.http import build_application
 from router.options import ModelLimits
 from router.readiness import Readiness
+from router.records import Records
 from router.sequence import SequenceServer
 from router.service import Service
 from router.text import Tokenizer
@@ -57,6 +58,7 @@ class Front:
         self._exits = AsyncExitStack()
         self._http_port = self._grpc_port = 0
         self.metrics = Metrics(server)
+        self.records = Records()
         self.readiness = Readiness(
             server, model_config.bos_token_id or 0, lambda: self.metrics.last_decoded_s, self.metrics.clock
         )
@@ -67,6 +69,7 @@ class Front:
             server=server,
             metrics=self.metrics,
             readiness=self.readiness,
+            records=self.records,
             created_unix_s=int(time.time()),
             max_body=settings.max_body,
             stall_limit_s=settings.request_timeout_s,

@@ -17,6 +17,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from grpc_reflection.v1alpha import reflection
 
+from router.explain import path_text
 from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
 from router.grpc_health import HEALTH_SERVICE_NAME, add_health
 from router.grpc_options import options_from_pb
@@ -34,6 +35,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 _Request = TypeVar("_Request", bound=Message)
 _API = "grpc"
+_PATH_KEY = "segue-path"
 
 
 def server_options(max_body: int) -> list[tuple[str, int]]:
@@ -69,11 +71,17 @@ class InferenceServicer:
         async with _errors_abort(context):
             with self._service.metrics.track(_API) as meter:
                 spec = await self._plan(_parse(pb.GenerateRequest, data))
-                await self._send(context, self._started(spec))
-                async with aclosing(self._service.generate(spec)) as events:
-                    async for event in events:
-                        meter.see(event)
-                        await self._send(context, event_to_pb(event))
+                with self._service.records.record(spec.request_id, _API, len(spec.prompt_token_ids)) as record:
+                    try:
+                        await self._send(context, self._started(spec))
+                        async with aclosing(self._service.generate(spec, record)) as events:
+                            async for event in events:
+                                meter.see(event)
+                                record.see(event)
+                                await self._send(context, event_to_pb(event))
+                    finally:
+                        if record.first_path is not None:
+                            context.set_trailing_metadata(((_PATH_KEY, path_text(record.first_path)),))
 
     async def tokenize(self, data: bytes) -> bytes:
         request = _parse(pb.TokenizeRequest, data)
@@ -146,7 +154,7 @@ def event_to_pb(event: GenerationEvent) -> pb.GenerateResponse:
             completed=pb.Completed(
                 num_prompt_tokens=event.num_prompt_tokens,
                 num_output_tokens=event.num_output_tokens,
-                paths=[path.to_pb() for path in event.paths],
+                paths=event.paths_to_pb(),
             )
         )
     return pb.GenerateResponse(output=_output_to_pb(event))
@@ -194,7 +202,11 @@ async def _errors_abort(context: _Context) -> AsyncIterator[None]:
 
 
 async def _abort(context: _Context, error: SegueError) -> None:
-    metadata = [("segue-error-code", error.code), ("segue-error-retryable", str(error.retryable).lower())]
+    metadata = [
+        *(context.trailing_metadata() or ()),
+        ("segue-error-code", error.code),
+        ("segue-error-retryable", str(error.retryable).lower()),
+    ]
     if error.field is not None:
         metadata.append(("segue-error-field", error.field))
     await context.abort(error.grpc_status, error.message, tuple(metadata))

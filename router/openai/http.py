@@ -13,12 +13,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from router.merge import merge
 from router.metrics import RequestMeter
-from router.openai.errors import REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request_id
+from router.openai.errors import RECORD, REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request
 from router.openai.fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, parse_body
-from router.openai.responses import CHAT, COMPLETION, Answer, Endpoint, to_json
+from router.openai.responses import CHAT, COMPLETION, Answer, Endpoint, Extras, to_json
 from router.openai.schema import ChatRequest, CompletionRequest
 from router.openai.stream import NumberedEvents, stream_answer
 from router.options import GenerationSpec
+from router.records import RequestRecord
 from router.service import Service
 from segue.errors import InvalidRequest, Unavailable
 
@@ -32,13 +33,13 @@ class _Plan:
     endpoint: Endpoint
     specs: list[GenerationSpec]
     stream: bool
-    include_usage: bool
+    extras: Extras
 
 
 def build_application(service: Service) -> web.Application:
     handlers = _Handlers(service)
     application = web.Application(middlewares=[give_request_id, answer_errors], client_max_size=service.max_body)
-    application.on_response_prepare.append(show_request_id)
+    application.on_response_prepare.append(show_request)
     application.add_routes(
         [
             web.post("/v1/completions", handlers.complete),
@@ -78,32 +79,38 @@ class _Handlers:
         for place, prompt in enumerate(body.prompt):
             token_ids = await self._service.encode_text(prompt) if isinstance(prompt, str) else prompt
             specs.append(self._service.build_spec(f"{request_id}-p{place}", token_ids, options, body.names()))
-        return _Plan(COMPLETION, specs, body.stream, body.stream_options.include_usage)
+        return _Plan(COMPLETION, specs, body.stream, body.extras())
 
     async def _plan_chat(self, request_id: str, body: ChatRequest) -> _Plan:
         self._service.check_model(body.model)
         options = body.options()
         token_ids = await self._service.encode_chat([message.to_chat_message() for message in body.messages])
         spec = self._service.build_spec(request_id, token_ids, options, body.names(), continues_text=False)
-        return _Plan(CHAT, [spec], body.stream, body.stream_options.include_usage)
+        return _Plan(CHAT, [spec], body.stream, body.extras())
 
     async def _answer(self, request: web.Request, plan: _Plan, meter: RequestMeter) -> web.StreamResponse:
         service = self._service
-        answer = Answer(plan.endpoint, request[REQUEST_ID], service.model_name, int(time.time()), plan.specs, service.tokenizer)
-        async with aclosing(self._events(plan, meter)) as events:
-            if plan.stream:
-                return await stream_answer(service, request, answer, events, meter, include_usage=plan.include_usage)
-            async for prompt, event in events:
-                answer.add(prompt, event)
+        answer = Answer(
+            plan.endpoint, request[REQUEST_ID], service.model_name, int(time.time()), plan.specs, service.tokenizer, plan.extras
+        )
+        num_prompt_tokens = sum(len(spec.prompt_token_ids) for spec in plan.specs)
+        with service.records.record(request[REQUEST_ID], plan.endpoint.api, num_prompt_tokens) as record:
+            request[RECORD] = record
+            async with aclosing(self._events(plan, meter, record)) as events:
+                if plan.stream:
+                    return await stream_answer(service, request, answer, events, meter)
+                async for prompt, event in events:
+                    answer.add(prompt, event)
         return _json(answer.whole())
 
-    def _events(self, plan: _Plan, meter: RequestMeter) -> NumberedEvents:
+    def _events(self, plan: _Plan, meter: RequestMeter, record: RequestRecord) -> NumberedEvents:
         """Events of all prompts as they come, each with the number of its prompt."""
 
         async def numbered(prompt: int, spec: GenerationSpec) -> NumberedEvents:
-            async with aclosing(self._service.generate(spec)) as events:
+            async with aclosing(self._service.generate(spec, record)) as events:
                 async for event in events:
                     meter.see(event, prompt)
+                    record.see(event)
                     yield prompt, event
 
         return merge([numbered(prompt, spec) for prompt, spec in enumerate(plan.specs)])

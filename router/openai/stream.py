@@ -25,13 +25,11 @@ async def stream_answer(
     answer: Answer,
     events: NumberedEvents,
     meter: RequestMeter,
-    *,
-    include_usage: bool,
 ) -> web.StreamResponse:
     """Raises the SegueError of a request that fails before its first output."""
     response = web.StreamResponse(headers=_HEADERS)
     try:
-        async for data in _chunks(answer, events, include_usage=include_usage):
+        async for data in _chunks(answer, events):
             await _send(service, request, response, data)
         await _send(service, request, response, SSE_DONE)
     except RequestCancelled:
@@ -45,12 +43,12 @@ async def stream_answer(
     return response
 
 
-async def _chunks(answer: Answer, events: NumberedEvents, *, include_usage: bool) -> AsyncIterator[bytes]:
+async def _chunks(answer: Answer, events: NumberedEvents) -> AsyncIterator[bytes]:
     async for prompt, event in events:
-        if (chunk := answer.chunk(prompt, event, usage_follows=include_usage)) is not None:
+        if (chunk := answer.chunk(prompt, event)) is not None:
             yield sse(chunk)
-    if include_usage:
-        yield sse(answer.usage_chunk())
+    if (chunk := answer.last_chunk()) is not None:
+        yield sse(chunk)
 
 
 async def _send(service: Service, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
