@@ -99,6 +99,8 @@ class LocalCluster:
             "threads": threads,
             "http_port": 0,
             "grpc_port": 0,
+            # What is measured and tested is the hand-over, unless told otherwise.
+            "disaggregate": "always",
         }
         self._settings = ClusterSettings.load(flags=flags, env={})
         self._worker_settings = worker_settings or {}

@@ -81,6 +81,7 @@ class DecodeService:
     def add_load(self, load: WorkerLoad) -> None:
         load.waiting_requests += len(self._waiting)
         load.running_requests += len(self._jobs) - len(self._waiting)
+        load.decode_sequences += len(self._jobs)
         load.decoded_tokens += self._num_decoded_tokens
         load.prefix_hit_tokens += self._num_hit_tokens
         load.failed_transfers += self._num_failed_transfers

@@ -60,6 +60,8 @@ def plan_router(settings: ClusterSettings, *, cluster_id: str, redis: str, model
         host=settings.host,
         http_port=settings.http_port,
         grpc_port=settings.grpc_port,
+        policy=settings.policy,
+        disaggregate=settings.disaggregate,
     )
 
 

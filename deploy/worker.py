@@ -27,6 +27,7 @@ from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.tensors import Memory
 from prefill_worker.service import PrefillService
+from segue.cache_feed import CacheFeed
 from segue.config import WorkerSettings
 from segue.membership import Membership, held_lease
 from segue.runtime import Wakeups, background, run_process, say_serving, stop_event
@@ -93,51 +94,48 @@ class Worker:
 
     @asynccontextmanager
     async def legs(self) -> AsyncIterator[None]:
-        """The services of this worker's roles, each with its loop running."""
+        """Both services, each with its loop running: which of them gets work is the routers' choice, by the worker's roles."""
         settings, wakeups = self.settings, Wakeups()
-        loops = []
         async with AsyncExitStack() as stack:
             own_receiver, own_sender = await stack.enter_async_context(kv_ends(settings, self.memory, self.epoch))
             receiver: Receiver = RankedReceiver(own_receiver, self.ranks) if self.ranks else own_receiver
             sender: Sender = RankedSender(own_sender, self.ranks) if self.ranks else own_sender
             self.kv_ends += [own_receiver, own_sender]
-            if "decode" in settings.roles:
-                decode = DecodeService(
-                    self.engine,
-                    receiver,
-                    sender,
-                    wakeups,
-                    worker_id=settings.worker_id,
-                    max_sequences=settings.max_batch,
-                    max_step_tokens=settings.max_prefill_tokens,
-                )
-                self.active_legs.append(decode)
-                loops.append(decode.run())
-            if "prefill" in settings.roles:
-                prefill = PrefillService(
-                    self.engine,
-                    sender,
-                    receiver,
-                    wakeups,
-                    max_step_tokens=settings.max_prefill_tokens,
-                    pulls=settings.kv_pull,
-                )
-                self.active_legs.append(prefill)
-                loops.append(prefill.run())
-            async with background(*loops):
+            decode = DecodeService(
+                self.engine,
+                receiver,
+                sender,
+                wakeups,
+                worker_id=settings.worker_id,
+                max_sequences=settings.max_batch,
+                max_step_tokens=settings.max_prefill_tokens,
+            )
+            prefill = PrefillService(
+                self.engine,
+                sender,
+                receiver,
+                wakeups,
+                max_step_tokens=settings.max_prefill_tokens,
+                pulls=settings.kv_pull,
+            )
+            self.active_legs += [decode, prefill]
+            async with background(decode.run(), prefill.run()):
                 yield
 
     @asynccontextmanager
     async def server(self) -> AsyncIterator[None]:
         """Serves links on a port that the system picks."""
-        self.servicer = WorkerLinkServicer(self.active_legs, self.record, self.load)
+        cache = CacheFeed(lambda: self.engine.pool.published)
+        self.engine.pool.listener = cache
+        self.servicer = WorkerLinkServicer(self.active_legs, self.record, self.load, cache)
         server = grpc.aio.server(options=LINK_OPTIONS)
         add_WorkerServiceServicer_to_server(self.servicer, server)
         port = server.add_insecure_port(f"{self.settings.host}:0")
         self.address = f"{self.settings.host}:{port}"
         await server.start()
         try:
-            yield
+            async with background(self.servicer.tell_of_cache()):
+                yield
         finally:
             await server.stop(grace=0.5)
 
@@ -176,10 +174,12 @@ class Worker:
             total_blocks=engine.pool.num_total,
             draining=self.draining,
             num_ranks=engine.layout.num_ranks,
+            number_formats=settings.number_formats,
         )
 
     def load(self) -> WorkerLoad:
         pool = self.engine.pool
+        decode_ms_per_step, decode_ms_per_sequence = self.engine.step_times.decode.line()
         load = WorkerLoad(
             free_blocks=pool.num_free,
             leased_blocks=pool.num_leased,
@@ -187,7 +187,10 @@ class Worker:
             total_blocks=pool.num_total,
             block_size=self.engine.layout.block_size,
             open_tickets=sum(end.num_open_tickets for end in self.kv_ends),
-            step_age_ms=int(self.engine.step_age_s * 1000),
+            step_age_ms=int(self.engine.step_times.age_s * 1000),
+            prefill_ms_per_token=self.engine.step_times.prefill.ratio,
+            decode_ms_per_step=decode_ms_per_step,
+            decode_ms_per_sequence=decode_ms_per_sequence,
         )
         for leg in self.active_legs:
             leg.add_load(load)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol
 
 from segue.errors import InternalError
 
@@ -30,6 +31,14 @@ class Lease:
         # Leading blocks that came out of the prefix cache, already computed.
         self.num_cached = num_cached
         self.is_released = False
+
+
+class PrefixListener(Protocol):
+    """Told of every change to what a pool has published."""
+
+    def stored(self, block_hash: bytes) -> None: ...
+
+    def evicted(self, block_hash: bytes) -> None: ...
 
 
 class BlockPool:
@@ -48,6 +57,7 @@ class BlockPool:
         # Invariant: _hashes[block] == h exactly when _published[h] == block.
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
+        self.listener: PrefixListener | None = None
 
     @property
     def num_total(self) -> int:
@@ -64,6 +74,11 @@ class BlockPool:
     @property
     def num_cached(self) -> int:
         return len(self._cached)
+
+    @property
+    def published(self) -> Collection[bytes]:
+        """Hashes of all blocks that a prompt could reuse, leased ones included."""
+        return self._published.keys()
 
     @property
     def num_available(self) -> int:
@@ -102,8 +117,10 @@ class BlockPool:
         block = lease.block_ids[index]
         if self._hashes[block] not in {None, block_hash}:
             raise InternalError(f"KV block {block} is published under another hash already")
-        if self._published.setdefault(block_hash, block) == block:
+        if self._hashes[block] is None and self._published.setdefault(block_hash, block) == block:
             self._hashes[block] = block_hash
+            if self.listener is not None:
+                self.listener.stored(block_hash)
 
     def share(self, block_ids: Sequence[int]) -> Lease:
         """Another lease on blocks that somebody holds now, released on its own."""
@@ -180,4 +197,6 @@ class BlockPool:
         if block_hash is not None:
             del self._published[block_hash]
             self._hashes[block] = None
+            if self.listener is not None:
+                self.listener.evicted(block_hash)
         heapq.heappush(self._free, block)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Chunks
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from engine.parallel import WHOLE, RankGroup
 from engine.rotary import RotaryTable
 from engine.sampler import sample
 from engine.step import Chunk, StepInputs, prepare_step
+from engine.step_times import StepTimes
 from engine.step_words import pack_step, unpack_step
 from engine.weights import WeightFormats, load_weights
 from segue.errors import ConfigError, InternalError, InvalidRequest
@@ -65,8 +65,7 @@ class Engine:
         self._forward: Forward | None = forward
         # The number of compute threads is a property of the thread that starts them.
         self._executor = ThreadPoolExecutor(1, "engine", initializer=torch.set_num_threads, initargs=(threads,))
-        # When the step under way began, on the monotonic clock; None between steps.
-        self._step_began_s: float | None = None
+        self.step_times = StepTimes()
 
     @classmethod
     def load(
@@ -93,12 +92,6 @@ class Engine:
         backend = make_kernels(shard.of(config), cache, rotary, threads=threads, device=cache.device.type, kernels=kernels)
         decoder = Decoder(load_weights(model_dir, config, formats, shard), backend, group)
         return cls(config, cache.layout, BlockPool(cache.num_blocks), decoder, group, threads=threads)
-
-    @property
-    def step_age_s(self) -> float:
-        """How long the step that is being computed has taken so far; 0 between steps."""
-        began_s = self._step_began_s
-        return 0.0 if began_s is None else time.monotonic() - began_s
 
     @property
     def decoder(self) -> Decoder:
@@ -169,14 +162,10 @@ class Engine:
         if (forward := self._forward) is None:
             raise InternalError("the engine is closed")
         tokens: list[GeneratedToken | None] = [None] * len(chunks)
-        self._step_began_s = time.monotonic()
-        try:
-            with torch.inference_mode():
-                step = prepare_step(chunks, self.layout)
-                logits = forward(step, on_layer)
-                sampled = sample(logits.cpu(), [chunks[index].sequence for index in step.sampled_chunks])
-        finally:
-            self._step_began_s = None
+        with self.step_times.of(chunks), torch.inference_mode():
+            step = prepare_step(chunks, self.layout)
+            logits = forward(step, on_layer)
+            sampled = sample(logits.cpu(), [chunks[index].sequence for index in step.sampled_chunks])
         for index, token in zip(step.sampled_chunks, sampled, strict=True):
             tokens[index] = token
         return tokens

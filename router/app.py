@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 from router.coordinator import Coordinator
 from router.front import Front
+from router.placement import Placement
 from router.text import Tokenizer
 from router.workers import Workers
 from segue.config import RouterSettings
@@ -37,8 +38,10 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
     router_id = f"router-{uuid.uuid4().hex[:8]}"
     async with Membership(settings.redis, settings.cluster_id) as membership:
         async with Workers(membership, router_id, settings.model_name).running() as workers:
+            placement = Placement(workers, settings.policy, may_join=settings.disaggregate == "auto")
             coordinator = Coordinator(
                 workers,
+                placement,
                 settings.model_name,
                 max_active=settings.max_active_requests,
                 max_attempts=settings.max_attempts,

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from router.placement import Placed
 from router.sequence import SequencePath, SequenceRequest, TokenStep
-from router.workers import Charge, LineEvent, WorkerLink
+from router.workers import LineEvent
 from segue.errors import DeadlineExceeded, SegueError
 from segue.lifecycle import Phase
 from segue.v1 import worker_pb2
@@ -21,21 +22,19 @@ class Attempt:
         self,
         request: SequenceRequest,
         token_ids: tuple[int, ...],
-        prefill: WorkerLink,
-        decode: WorkerLink,
-        charge: Charge,
+        placed: Placed,
         path: SequencePath,
     ) -> None:
         self._request = request
         self._token_ids = token_ids
-        self._prefill = prefill
-        self._decode = decode
-        self._charge = charge
+        self._placed = placed
+        self._prefill = placed.prefill
+        self._decode = placed.decode
         self._path = path
         self._key = worker_pb2.SequenceKey(sequence_id=request.sequence_id, attempt=path.attempts)
         self._events: asyncio.Queue[LineEvent] = asyncio.Queue()
         # The workers' links are two streams: decode tokens may overtake the first token, and wait for it here.
-        self._first_token_is_out = False
+        self._first_token_s: float | None = None
         self._held_back: list[TokenStep] = []
         self._decode_has_it = False
         self._num_output_tokens = len(token_ids) - len(request.prompt_token_ids)
@@ -57,7 +56,11 @@ class Attempt:
         self._path.prefill_worker = self._prefill.record.worker_id
         self._path.decode_worker = self._decode.record.worker_id if self._hands_over else ""
         self._path.transport = "none"
+<<<<<<< HEAD
         self._path.prefill_queue_s = self._path.transfer_hidden_s = 0.0
+=======
+        self._path.placement = self._placed.reason
+>>>>>>> main
         self._path.lifecycle.enter(Phase.RESERVED)
         if self._hands_over:
             reserve = worker_pb2.ReserveDecode(
@@ -123,12 +126,12 @@ class Attempt:
             self._path.lifecycle.enter(Phase.PREFILLING)
 
     def _first_token(self, first: worker_pb2.FirstToken) -> list[TokenStep]:
-        self._charge.end_prefill()
+        self._placed.end_prefill()
         self._path.prefill_cached_tokens = first.cached_tokens
         self._path.prefill_pulled_tokens = first.pulled_tokens
         self._path.prefill_queue_s, self._path.transfer_hidden_s = first.queue_s, first.sending_s
         self._path.lifecycle.enter(Phase.TRANSFERRING)
-        self._first_token_is_out = True
+        self._first_token_s = asyncio.get_running_loop().time()
         self._enter_decoding()
         step = TokenStep((token_from_pb(first.token),), finish_reason_from_pb(first.finish_reason))
         held_back, self._held_back = self._held_back, []
@@ -139,6 +142,8 @@ class Attempt:
         self._path.transferred_bytes = started.transferred_bytes
         self._path.transport = started.transport
         self._decode_has_it = True
+        now_s = asyncio.get_running_loop().time()
+        self._placed.handed_over(len(self._token_ids) - started.cached_tokens, now_s - (self._first_token_s or now_s))
         self._enter_decoding()
 
     def _enter_decoding(self) -> None:
@@ -146,7 +151,7 @@ class Attempt:
             self._path.lifecycle.enter(Phase.DECODING)
 
     def _in_order(self, steps: list[TokenStep]) -> list[TokenStep]:
-        if not self._first_token_is_out:
+        if self._first_token_s is None:
             self._held_back += steps
             return []
         if steps[-1].finish_reason is not None:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from router.attempt import Attempt
-from router.placement import Policy, least_loaded, place
+from router.placement import Placed, Placement, Wanted
 from router.sequence import FailedAttempt, SequencePath, SequenceRequest, TokenStep
-from router.workers import WorkerLink, Workers, charged
+from router.workers import Workers
 from segue.errors import NoWorker, Overloaded, SegueError, TransferError, error_from_code
 from segue.lifecycle import Phase
 from segue.v1 import inference_pb2
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 # one was last there: one that lost its worker, and one that has not begun.
 FAILOVER_PATIENCE_S = 60.0
 ARRIVAL_PATIENCE_S = 10.0
-
-Pair = tuple[WorkerLink, WorkerLink]
 
 
 @dataclass(slots=True)
@@ -49,9 +47,9 @@ class _Serving:
     # Workers of failed hand-overs, of which one is at fault.
     suspects: set[str] = field(default_factory=set)
 
-    @property
-    def num_tokens_left(self) -> int:
-        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - len(self.token_ids)
+    def wanted(self) -> Wanted:
+        num_tokens_left = len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - len(self.token_ids)
+        return Wanted(self.token_ids, num_tokens_left, self.request.caller.cache_salt, self.suspects)
 
 
 class Coordinator:
@@ -60,19 +58,19 @@ class Coordinator:
     def __init__(
         self,
         workers: Workers,
+        placement: Placement,
         model_name: str,
         *,
         max_active: int,
         max_attempts: int,
         timeout_s: float,
-        policy: Policy = least_loaded,
     ) -> None:
         self._workers = workers
+        self._placement = placement
         self._model_name = model_name
         self._max_active = max_active
         self._max_attempts = max_attempts
         self._timeout_s = timeout_s
-        self._policy = policy
         self._num_active = 0
 
     async def serve(self, request: SequenceRequest, path: SequencePath) -> AsyncGenerator[TokenStep, None]:
@@ -81,18 +79,18 @@ class Coordinator:
             with self._admitted():
                 serving = self._begin(request, path)
                 while not path.lifecycle.is_over:
-                    prefill, decode = await self._place(serving)
+                    placed = await self._place(serving)
                     try:
-                        with charged(prefill, decode, len(serving.token_ids)) as charge:
-                            attempt = Attempt(request, tuple(serving.token_ids), prefill, decode, charge, path)
-                            with attempt.lines():
-                                attempt.dispatch()
-                                while not path.lifecycle.is_over:
-                                    for step in await attempt.next_steps(serving.deadline_s):
-                                        serving.token_ids += [token.token_id for token in step.tokens]
-                                        yield step
+                        attempt = Attempt(request, tuple(serving.token_ids), placed, path)
+                        with placed, attempt.lines():
+                            attempt.dispatch()
+                            while not path.lifecycle.is_over:
+                                for step in await attempt.next_steps(serving.deadline_s):
+                                    serving.token_ids += [token.token_id for token in step.tokens]
+                                    yield step
                     except SegueError as error:
                         self._fail_over(error, serving)
+                self._placement.learn_length(len(serving.token_ids) - len(request.prompt_token_ids))
         except SegueError as error:
             path.error = error
             path.lifecycle.enter(Phase.FAILED)
@@ -117,7 +115,7 @@ class Coordinator:
         finally:
             self._num_active -= 1
 
-    async def _place(self, serving: _Serving) -> Pair:
+    async def _place(self, serving: _Serving) -> Placed:
         """The pair of workers that shall serve the sequence. Where there is none, but was a moment ago, waits for it to come
         back. Raises NoWorker."""
         patience_s = FAILOVER_PATIENCE_S if serving.path.failed_attempts else ARRIVAL_PATIENCE_S
@@ -125,7 +123,7 @@ class Coordinator:
         with self._workers.changed.listening() as changed:
             while True:
                 try:
-                    return self._choose(serving)
+                    return self._placement.place(serving.wanted())
                 except NoWorker as error:
                     try:
                         async with asyncio.timeout_at(limit_s):
@@ -133,13 +131,6 @@ class Coordinator:
                     except TimeoutError:
                         raise error from None
                     changed.clear()
-
-    def _choose(self, serving: _Serving) -> Pair:
-        """A pair with as few suspects as can be."""
-        links = {link.record.worker_id: link for link in self._workers.available()}
-        facts = [link.facts() for link in links.values()]
-        prefill, decode = place(facts, len(serving.token_ids), serving.num_tokens_left, self._policy, serving.suspects)
-        return links[prefill.worker_id], links[decode.worker_id]
 
     def _fail_over(self, error: SegueError, serving: _Serving) -> None:
         """Prepares another attempt. Raises `error` when it cannot help, or too many have failed."""
@@ -168,5 +159,5 @@ class Coordinator:
 
     @property
     def max_sequence_tokens(self) -> int | None:
-        capacity = [link.facts().capacity_tokens for link in self._workers.available() if "decode" in link.record.roles]
+        capacity = [link.capacity_tokens for link in self._workers.available() if "decode" in link.record.roles]
         return max(capacity, default=None)

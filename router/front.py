@@ -55,6 +55,7 @@ class Front:
             )
         self._settings = settings
         self._shutdown_grace_s = shutdown_grace_s
+        self.server = server
         self._exits = AsyncExitStack()
         self._http_port = self._grpc_port = 0
         self.metrics = Metrics(server)

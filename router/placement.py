@@ -1,90 +1,173 @@
-"""Which pair of workers serves a sequence: small pure functions over plain facts.
+"""Where a sequence goes: asks the policy, charges its choice at once, and learns from what becomes of it.
 
-A policy sees what is charged to each worker now, this sequence excluded; the caller charges its choice at once, so that a burst
-spreads even before any worker has reported load.
+A choice is charged before anything was sent, so that a burst spreads even before any worker has reported load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from random import Random
+from types import TracebackType
+from typing import Self
 
-from segue.errors import InvalidRequest, NoWorker
+import numpy as np
+from numpy.typing import NDArray
+
+from router.fleet import Rows
+from router.policies import COLOCATED, DISAGGREGATED, POLICIES, Choice, Mask, Situation
+from router.workers import WorkerLink, Workers
+from segue.errors import ConfigError, InvalidRequest, NoWorker
+from segue.trend import Trend
+
+# Expected of an answer before any was seen, and what each one changes of that.
+_FIRST_EXPECTED_TOKENS = 128.0
+_LENGTH_WEIGHT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerFacts:
-    worker_id: str
-    roles: frozenset[str]
-    # Only workers with equal fingerprints can exchange KV.
-    layout_fingerprint: str
-    # Prompt plus output tokens that fit its KV memory.
-    capacity_tokens: int
-    # Prompt tokens of the sequences that this router has it prefilling.
-    prefill_tokens: int = 0
-    # Sequences that this router has on its decode side, reserved or running.
-    decode_sequences: int = 0
-    # KV blocks that are not leased, as it last said.
-    available_blocks: int = 0
+class Wanted:
+    """A sequence that is to be placed."""
+
+    # The prompt, and what was generated before.
+    token_ids: Sequence[int]
+    # How many more there may be.
+    max_tokens: int
+    cache_salt: bytes = b""
+    # Ids of workers that had part in a failed hand-over.
+    suspects: Set[str] = frozenset()
 
 
-Pair = tuple[WorkerFacts, WorkerFacts]
-Policy = Callable[[Sequence[Pair]], Pair]
+class Placed:
+    """Two workers, which may be one, that shall serve a sequence. Charged for as long as the `with` block runs."""
+
+    def __init__(self, prefill: WorkerLink, decode: WorkerLink, choice: Choice, num_queued: int, placement: Placement) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self.reason = choice.reason
+        self._num_queued = num_queued
+        self._placement = placement
+        self._prefills = True
+
+    def __enter__(self) -> Self:
+        self.prefill.charge(tokens=self._num_queued)
+        self.decode.charge(sequences=1)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end_prefill()
+        self.decode.charge(sequences=-1)
+
+    def end_prefill(self) -> None:
+        """The first token is out. Doing it twice does no harm."""
+        if self._prefills:
+            self._prefills = False
+            self.prefill.charge(tokens=-self._num_queued)
+
+    def handed_over(self, num_tokens: int, seconds: float) -> None:
+        """Decode holds the KV cache, of which so many tokens were sent, so long after the first token."""
+        if self.prefill is not self.decode:
+            self._placement.learn_hand_over(self.prefill, self.decode, num_tokens, seconds)
 
 
-def least_loaded(pairs: Sequence[Pair]) -> Pair:
-    """The prefill worker with the fewest prompt tokens ahead, with the decode worker that has the fewest sequences, then the
-    most free memory. Ties go to the first by name."""
+class Placement:
+    def __init__(self, workers: Workers, policy: str, *, may_join: bool, seed: int = 0) -> None:
+        """Raises ConfigError for the name of no policy. Without `may_join` both phases run in one worker only where it is meant
+        for both."""
+        if policy not in POLICIES:
+            raise ConfigError(f"policy: {policy!r} is not one of {', '.join(POLICIES)}")
+        self._workers = workers
+        self._policy = POLICIES[policy]
+        self._may_join = may_join
+        self._random = Random(seed)
+        self._turn = 0
+        self._is_split = True
+        self._expected_tokens = _FIRST_EXPECTED_TOKENS
+        # Milliseconds by tokens sent, within a host and between two.
+        self._near, self._far = Trend(), Trend()
 
-    def load(pair: Pair) -> tuple[int, int, int, str, str]:
-        prefill, decode = pair
-        return (
-            prefill.prefill_tokens,
-            decode.decode_sequences,
-            -decode.available_blocks,
-            prefill.worker_id,
-            decode.worker_id,
-        )
+    def place(self, wanted: Wanted) -> Placed:
+        """Raises NoWorker when a role is missing or no two workers fit together, InvalidRequest when it is too long."""
+        rows = self._workers.fleet.rows
+        cached = self._workers.fleet.cached_tokens(wanted.token_ids, wanted.cache_salt)
+        self._turn += 1
+        choices = [self._policy(situation) for situation in self._situations(rows, cached, wanted)]
+        if not choices:
+            raise InvalidRequest("max_tokens", "prompt and output exceed the KV memory of every worker")
+        choice = min(choices, key=lambda choice: choice.cost_ms)
+        if choice.reason != COLOCATED:
+            self._is_split = choice.reason == DISAGGREGATED
+        num_queued = max(len(wanted.token_ids) - int(cached[choice.prefill]), 1)
+        return Placed(self._link(choice.prefill), self._link(choice.decode), choice, num_queued, self)
 
-    return min(pairs, key=load)
+    def _situations(self, rows: Rows, cached: NDArray[np.int64], wanted: Wanted) -> Iterator[Situation]:
+        """One for each KV layout that has workers for the sequence. Raises NoWorker."""
+        num_tokens, draw = len(wanted.token_ids), self._random.random()
+        prefills, decodes = rows["available"] & rows["prefills"], rows["available"] & rows["decodes"]
+        of_layouts = [rows["layout"] == layout for layout in self._workers.fleet.layouts]
+        paired = [here for here in of_layouts if (prefills & here).any() and (decodes & here).any()]
+        if not paired:
+            raise _no_worker(prefills, decodes)
+        trusted = self._trusted(rows, wanted.suspects)
+        roomy_for_prompt = rows["capacity_tokens"] >= num_tokens
+        roomy_for_all = rows["capacity_tokens"] >= num_tokens + wanted.max_tokens
+        (near_ms, near_ms_per_token), (far_ms, far_ms_per_token) = self._near.line(), self._far.line()
+        for here in paired:
+            senders = _preferred(prefills & here & roomy_for_prompt, trusted)
+            receivers = _preferred(decodes & here & roomy_for_all, trusted)
+            # A colocated worker pairs with itself only.
+            if (senders & receivers).any() or ((senders & ~decodes).any() and receivers.any()):
+                yield Situation(
+                    rows=rows,
+                    prefills=senders & (receivers | ~decodes),
+                    decodes=receivers,
+                    num_tokens=num_tokens,
+                    expected_tokens=min(self._expected_tokens, wanted.max_tokens),
+                    cached=cached,
+                    hand_over_ms=min((ms for ms in (near_ms, far_ms) if ms > 0), default=0.0),
+                    near_ms_per_token=near_ms_per_token,
+                    far_ms_per_token=far_ms_per_token,
+                    may_join=self._may_join and _compute_alike(rows, here),
+                    turn=self._turn,
+                    draw=draw,
+                    is_split=self._is_split,
+                )
+
+    def _trusted(self, rows: Rows, suspects: Set[str]) -> Mask:
+        trusted = np.ones(len(rows), np.bool_)
+        if suspects:
+            trusted[[link.row for link in self._workers.available() if link.record.worker_id in suspects]] = False
+        return trusted
+
+    def learn_hand_over(self, prefill: WorkerLink, decode: WorkerLink, num_tokens: int, seconds: float) -> None:
+        trend = self._near if prefill.record.host == decode.record.host else self._far
+        trend.add(num_tokens, 1000 * seconds)
+
+    def learn_length(self, num_tokens: int) -> None:
+        """An answer had so many tokens."""
+        self._expected_tokens += _LENGTH_WEIGHT * (num_tokens - self._expected_tokens)
+
+    def _link(self, row: int) -> WorkerLink:
+        link = self._workers.fleet.member(row)
+        assert isinstance(link, WorkerLink)
+        return link
 
 
-def place(
-    workers: Sequence[WorkerFacts],
-    num_prompt_tokens: int,
-    max_tokens: int,
-    policy: Policy = least_loaded,
-    suspects: Set[str] = frozenset(),
-) -> Pair:
-    """The (prefill, decode) pair for a sequence. A worker with both roles is only paired with itself: handing over within it
-    costs nothing. Of the pairs that can serve it, the policy sees those with the fewest `suspects`, which are worker ids.
+def _no_worker(prefills: Mask, decodes: Mask) -> NoWorker:
+    missing = [role for role, candidates in (("prefill", prefills), ("decode", decodes)) if not candidates.any()]
+    return NoWorker(
+        f"no {' and no '.join(missing)} worker is ready" if missing else "no prefill and decode worker fit together"
+    )
 
-    Raises NoWorker when a role is missing or no two workers fit together, InvalidRequest when the sequence fits in none.
-    """
-    pairs = [
-        (prefill, decode)
-        for prefill in workers
-        if "prefill" in prefill.roles
-        for decode in workers
-        if "decode" in decode.roles
-        and prefill.layout_fingerprint == decode.layout_fingerprint
-        and (prefill is decode or "decode" not in prefill.roles)
-    ]
-    if not pairs:
-        missing = [role for role in ("prefill", "decode") if not any(role in worker.roles for worker in workers)]
-        raise NoWorker(
-            f"no {' and no '.join(missing)} worker is ready" if missing else "no prefill and decode worker fit together"
-        )
-    fitting = [
-        (prefill, decode)
-        for prefill, decode in pairs
-        if num_prompt_tokens <= prefill.capacity_tokens and num_prompt_tokens + max_tokens <= decode.capacity_tokens
-    ]
-    if not fitting:
-        raise InvalidRequest("max_tokens", "prompt and output exceed the KV memory of every worker")
 
-    def num_suspects(pair: Pair) -> int:
-        return len(suspects & {worker.worker_id for worker in pair})
+def _preferred(candidates: Mask, trusted: Mask) -> Mask:
+    """Those that are trusted; all, if none is."""
+    preferred = candidates & trusted
+    return preferred if preferred.any() else candidates
 
-    fewest = min(map(num_suspects, fitting))
-    return policy([pair for pair in fitting if num_suspects(pair) == fewest])
+
+def _compute_alike(rows: Rows, here: Mask) -> bool:
+    """Whether it does not matter, bit for bit, which of the available workers computes a prompt. 0 stands for formats that a
+    worker did not tell."""
+    formats = rows["formats"][here & rows["available"]]
+    return bool(formats[0] != 0 and (formats == formats[0]).all())

@@ -49,12 +49,12 @@ class SequencePath:
     prefill_worker: str = ""
     decode_worker: str = ""
     transport: str = "none"
+    # Why these workers, in a word of router.policies.
+    placement: str = ""
     prefill_cached_tokens: int = 0
     prefill_pulled_tokens: int = 0
     decode_cached_tokens: int = 0
     transferred_bytes: int = 0
-    # Whether the phases were split between two workers, or why not, in a word.
-    placement: str = ""
     # Of the time to the first token: how long the prompt waited on the prefill worker, and how long KV travelled already.
     prefill_queue_s: float = 0.0
     transfer_hidden_s: float = 0.0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from router.placement import WorkerFacts
+from router.fleet import Fleet, WorkerFacts
 from segue.errors import SegueError, StoreUnavailable, WorkerLost, error_from_code
 from segue.membership import Membership
 from segue.runtime import Wakeups, background
@@ -52,24 +52,51 @@ class LineEvent:
 class WorkerLink:
     """One worker of one epoch. Lives from its first record until the link breaks or its lease lapses."""
 
-    def __init__(self, record: worker_pb2.WorkerRecord, router_id: str) -> None:
+    def __init__(self, record: worker_pb2.WorkerRecord, router_id: str, fleet: Fleet) -> None:
         self.record = record
+        self._fleet = fleet
         self.load = inference_pb2.WorkerLoad()
         self.is_open = False
         self.draining = record.draining
         # When membership stopped showing the worker, on the monotonic clock.
         self.absent_since_s: float | None = None
         self._num_silent_ticks = 0
-        # Charged by the coordinator, for as long as a sequence has the worker on that side.
+        # Of this router's sequences: prompt tokens that have no first token yet, and those that decode here or will.
         self.prefill_tokens = 0
         self.decode_sequences = 0
         self._router_id = router_id
         self._outbox: asyncio.Queue[worker_pb2.LinkRequest] = asyncio.Queue()
         self._lines: dict[SequenceId, asyncio.Queue[LineEvent]] = {}
+        # In the fleet, until it leaves that.
+        self._row: int | None = fleet.join(self)
+
+    @property
+    def row(self) -> int:
+        assert self._row is not None
+        return self._row
+
+    def leave_fleet(self) -> None:
+        """To be called once, when the link is over."""
+        self._fleet.leave(self.row)
+        self._row = None
+
+    def charge(self, *, tokens: int = 0, sequences: int = 0) -> None:
+        self.prefill_tokens += tokens
+        self.decode_sequences += sequences
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._row is not None:
+            self._fleet.changed(self._row)
 
     @property
     def name(self) -> str:
         return f"{self.record.worker_id} (epoch {self.record.epoch})"
+
+    def update(self, record: worker_pb2.WorkerRecord) -> None:
+        """The worker's record, of the same epoch, as membership shows it now."""
+        self.draining |= record.draining
+        self._changed()
 
     @property
     def is_available(self) -> bool:
@@ -119,6 +146,7 @@ class WorkerLink:
             reason = error.message
         finally:
             self.is_open = False
+            self._changed()
             wakeups.notify()
             self._lose_all(f"it said nothing for {MAX_SILENT_TICKS * TICK_S:g} s" if self.is_silent else reason)
 
@@ -138,12 +166,18 @@ class WorkerLink:
                 if message.opened.worker.epoch != self.record.epoch:
                     raise WorkerLost(f"epoch {message.opened.worker.epoch} answers at its address")
                 self.is_open = True
+                self._changed()
             case "load":
                 self.load = message.load
+                self._changed()
                 if self._is_stuck:
                     self._lose_all(f"a step of it has not ended for {MAX_STEP_S:g} s")
             case "draining":
                 self.draining = True
+                self._changed()
+            case "cache_events":
+                if self._row is not None:
+                    self._fleet.hear_cache(self._row, message.cache_events)
             case "step_tokens":
                 for sequence in message.step_tokens.sequences:
                     self._tell(sequence.key, worker_pb2.LinkResponse(step_tokens=worker_pb2.StepTokens(sequences=[sequence])))
@@ -159,16 +193,28 @@ class WorkerLink:
             events.put_nowait(LineEvent(self, said))
 
     def facts(self) -> WorkerFacts:
-        record = self.record
+        record, load = self.record, self.load
         return WorkerFacts(
-            worker_id=record.worker_id,
-            roles=frozenset(record.roles),
-            layout_fingerprint=record.layout_fingerprint,
-            capacity_tokens=record.total_blocks * record.block_size,
-            prefill_tokens=self.prefill_tokens,
-            decode_sequences=self.decode_sequences,
-            available_blocks=self.load.free_blocks + self.load.cached_blocks,
+            available=self.is_available,
+            prefills="prefill" in record.roles,
+            decodes="decode" in record.roles,
+            layout=self._fleet.number(record.layout_fingerprint),
+            formats=self._fleet.number(record.number_formats),
+            host=self._fleet.number(record.host),
+            block_size=record.block_size,
+            capacity_tokens=self.capacity_tokens,
+            # What it reported holds this router's part as well, but may be half a second old.
+            queued_tokens=max(self.prefill_tokens, load.queued_tokens),
+            sequences=max(self.decode_sequences, load.decode_sequences),
+            available_blocks=load.free_blocks + load.cached_blocks,
+            prefill_ms_per_token=load.prefill_ms_per_token,
+            decode_ms_per_step=load.decode_ms_per_step,
+            decode_ms_per_sequence=load.decode_ms_per_sequence,
         )
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.record.total_blocks * self.record.block_size
 
     def status(self) -> inference_pb2.WorkerStatus:
         record = self.record
@@ -185,37 +231,6 @@ class WorkerLink:
         )
 
 
-class Charge:
-    """What one sequence adds to the load of its workers, as this router counts it."""
-
-    def __init__(self, prefill: WorkerLink, decode: WorkerLink, num_tokens: int) -> None:
-        self._prefill: WorkerLink | None = prefill
-        self._decode = decode
-        self._num_tokens = num_tokens
-        prefill.prefill_tokens += num_tokens
-        decode.decode_sequences += 1
-
-    def end_prefill(self) -> None:
-        """The prompt is computed. Doing it twice does no harm."""
-        if self._prefill is not None:
-            self._prefill.prefill_tokens -= self._num_tokens
-            self._prefill = None
-
-    def end(self) -> None:
-        self.end_prefill()
-        self._decode.decode_sequences -= 1
-
-
-@contextmanager
-def charged(prefill: WorkerLink, decode: WorkerLink, num_tokens: int) -> Iterator[Charge]:
-    """Charges both workers until the block ends."""
-    charge = Charge(prefill, decode, num_tokens)
-    try:
-        yield charge
-    finally:
-        charge.end()
-
-
 class Workers:
     """All workers that this router knows: membership says who should be there, links say who is."""
 
@@ -223,6 +238,7 @@ class Workers:
         self._membership = membership
         self._router_id = router_id
         self._model_name = model_name
+        self.fleet = Fleet()
         # By worker id; the newest epoch only.
         self._links: dict[str, WorkerLink] = {}
         self._tasks: dict[WorkerLink, asyncio.Task[None]] = {}
@@ -285,7 +301,7 @@ class Workers:
             record = records.get(worker_id)
             if record is not None and record.epoch == link.record.epoch:
                 link.absent_since_s = None
-                link.draining |= record.draining
+                link.update(record)
                 continue
             link.absent_since_s = link.absent_since_s or now_s
             if record is not None or not link.is_open or now_s - link.absent_since_s > ABSENCE_GRACE_S:
@@ -301,9 +317,10 @@ class Workers:
         """Also opens anew a link that broke while the worker's lease holds: it may have been the network."""
         if (old := self._links.get(record.worker_id)) is not None:
             self._close(old)
-        link = WorkerLink(record, self._router_id)
+        link = WorkerLink(record, self._router_id, self.fleet)
         self._links[record.worker_id] = link
         self._tasks[link] = asyncio.create_task(link.run(self.changed))
 
     def _close(self, link: WorkerLink) -> None:
         self._tasks.pop(link).cancel()
+        link.leave_fleet()

@@ -46,6 +46,7 @@ LinearName = Literal["qkv", "attention_output", "gate_up", "down", "head"]
 KVTransport = Literal["auto", "shm", "tcp", "dist"]
 KVWire = Literal["stored", "bfloat16", "int8"]
 Role = Literal["prefill", "decode"]
+PolicyName = Literal["cost", "least_loaded", "round_robin", "random"]
 
 
 class Settings(BaseModel):
@@ -132,7 +133,16 @@ class EngineSettings(Settings):
         return " ".join(part for part in (self.dtype, quantized, kept and f"but {kept}") if part)
 
 
-class ClusterSettings(EngineSettings):
+class RoutingSettings(Settings):
+    """How a router chooses workers."""
+
+    policy: PolicyName = Field("cost", description="How a request's workers are chosen")
+    disaggregate: Literal["auto", "always"] = Field(
+        "auto", description="auto lets one worker run both phases of a request where that costs less; always never does"
+    )
+
+
+class ClusterSettings(EngineSettings, RoutingSettings):
     """All that `segue up` takes."""
 
     model: str = Field(DEFAULT_MODEL, description="Model directory, .gguf file, Hub id or name of an imported model")
@@ -146,7 +156,7 @@ class ClusterSettings(EngineSettings):
     grpc_port: Port = Field(50051, description="gRPC API; 0 picks a free port")
 
 
-class RouterSettings(Settings):
+class RouterSettings(RoutingSettings):
     cluster_id: str
     redis: str
     model_dir: Path
@@ -201,6 +211,14 @@ class WorkerSettings(EngineSettings):
             return self
         own = {"block_size": self.decode_block_size or self.block_size, "kv_dtype": self.decode_kv_dtype or self.kv_dtype}
         return self.model_copy(update=own)
+
+    @property
+    def number_formats(self) -> str:
+        """All that decides the bits of what this worker computes for an answer; empty where KV loses bits on its way."""
+        if self.kv_wire != "stored":
+            return ""
+        kept = ",".join(sorted(self.keep_float))
+        return f"{self.dtype} {self.own_quantization} {kept} {self.own_kv.kv_dtype} {self.device}"
 
     @property
     def wire_dtype(self) -> str:

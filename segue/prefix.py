@@ -19,9 +19,10 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: bytes = b"", p
     not see each other and only matters where `parent` is empty.
     """
     chained = parent or hashlib.blake2b(salt, digest_size=HASH_BYTES, person=b"segue-prefix").digest()
+    data = array("I", token_ids).tobytes()
+    block_bytes = 4 * block_size
     hashes = []
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        block = array("I", token_ids[start : start + block_size]).tobytes()
-        chained = hashlib.blake2b(chained + block, digest_size=HASH_BYTES).digest()
+    for start in range(0, len(data) - block_bytes + 1, block_bytes):
+        chained = hashlib.blake2b(chained + data[start : start + block_bytes], digest_size=HASH_BYTES).digest()
         hashes.append(chained)
     return hashes

@@ -14,6 +14,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from segue.cache_feed import CacheFeed
 from segue.errors import SegueError, WorkerLost
 from segue.runtime import background
 from segue.v1 import worker_pb2 as pb
@@ -23,6 +24,10 @@ from segue.v1.worker_pb2_grpc import WorkerServiceServicer
 logger = logging.getLogger(__name__)
 
 LOAD_INTERVAL_S = 0.5
+# What changes in the prefix cache is told at most so often,
+CACHE_INTERVAL_S = 0.05
+# and not while so many messages wait for the router to read them.
+_MAX_WAITING_MESSAGES = 1000
 LINK_OPTIONS = [
     # A prompt of a million tokens fits many times.
     ("grpc.max_receive_message_length", 64 * 2**20),
@@ -49,6 +54,8 @@ class RouterLink:
 
     def __init__(self, router_id: str) -> None:
         self.router_id = router_id
+        # The router does not know what the prefix cache holds now, and needs a snapshot.
+        self.needs_snapshot = True
         self._outbox: asyncio.Queue[pb.LinkResponse] = asyncio.Queue()
 
     def send(self, message: pb.LinkResponse) -> None:
@@ -56,6 +63,10 @@ class RouterLink:
 
     def send_failed(self, key: pb.SequenceKey, error: SegueError) -> None:
         self.send(pb.LinkResponse(failed=pb.SequenceFailed(key=key, code=error.code, message=error.message)))
+
+    @property
+    def is_behind(self) -> bool:
+        return self._outbox.qsize() > _MAX_WAITING_MESSAGES
 
     async def next_message(self) -> pb.LinkResponse:
         return await self._outbox.get()
@@ -84,7 +95,14 @@ class Leg(Protocol):
 class WorkerLinkServicer(WorkerServiceServicer):
     """Serves WorkerService.Link for `legs`. `record` and `load` give what the worker says of itself now."""
 
-    def __init__(self, legs: Sequence[Leg], record: Callable[[], pb.WorkerRecord], load: Callable[[], WorkerLoad]) -> None:
+    def __init__(
+        self,
+        legs: Sequence[Leg],
+        record: Callable[[], pb.WorkerRecord],
+        load: Callable[[], WorkerLoad],
+        cache: CacheFeed,
+    ) -> None:
+        self._cache = cache
         self._legs = legs
         self._record = record
         self._load = load
@@ -97,6 +115,24 @@ class WorkerLinkServicer(WorkerServiceServicer):
         for link in self._links:
             link.send(pb.LinkResponse(draining=pb.WorkerDraining()))
 
+    async def tell_of_cache(self) -> None:
+        """Keeps every router informed of the prefix cache. Runs until cancelled."""
+        while True:
+            await self._cache.changed.wait()
+            self._tell_of_cache()
+            await asyncio.sleep(CACHE_INTERVAL_S)
+
+    def _tell_of_cache(self) -> None:
+        events = self._cache.take()
+        for link in self._links:
+            if link.is_behind:
+                link.needs_snapshot = True
+            elif link.needs_snapshot:
+                link.needs_snapshot = False
+                link.send(pb.LinkResponse(cache_events=self._cache.snapshot()))
+            elif events is not None:
+                link.send(pb.LinkResponse(cache_events=events))
+
     async def Link(  # noqa: N802
         self,
         request_iterator: AsyncIterator[pb.LinkRequest],
@@ -108,6 +144,7 @@ class WorkerLinkServicer(WorkerServiceServicer):
         link = RouterLink(first.open.router_id)
         self._links.add(link)
         link.send(pb.LinkResponse(opened=pb.LinkOpened(worker=self._record())))
+        self._tell_of_cache()
         async with background(self._read(request_iterator, link), self._report_load(link)):
             try:
                 while True:

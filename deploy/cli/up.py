@@ -52,6 +52,8 @@ def up(
     max_batch: Annotated[int | None, _flag("max_batch", shape="N")] = None,
     kv_pull: Annotated[bool | None, _flag("kv_pull", flag="--kv-pull/--no-kv-pull")] = None,
     kv_transport: Annotated[str | None, _flag("kv_transport", shape="auto|shm|tcp|dist")] = None,
+    policy: Annotated[str | None, _flag("policy", shape="cost|least_loaded|round_robin|random")] = None,
+    disaggregate: Annotated[str | None, _flag("disaggregate", shape="auto|always")] = None,
     chaos: Annotated[str | None, _flag("chaos", shape="FAULTS")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.", show_default=False)] = None,
 ) -> None:

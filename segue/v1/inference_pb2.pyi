@@ -857,6 +857,10 @@ class WorkerLoad(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     OPEN_TICKETS_FIELD_NUMBER: _builtins.int
     STEP_AGE_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_MS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    DECODE_MS_PER_STEP_FIELD_NUMBER: _builtins.int
+    DECODE_MS_PER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    DECODE_SEQUENCES_FIELD_NUMBER: _builtins.int
     waiting_requests: _builtins.int
     running_requests: _builtins.int
     queued_tokens: _builtins.int
@@ -877,6 +881,13 @@ class WorkerLoad(_message.Message):
     """Tickets, given out or received, that are not over: until then what they name is held."""
     step_age_ms: _builtins.int
     """How long the step that is being computed has taken so far; 0 between steps."""
+    prefill_ms_per_token: _builtins.float
+    """Measured lately; 0 while nothing was. Milliseconds for each prompt token in a prefill step,"""
+    decode_ms_per_step: _builtins.float
+    """and for a decode step, besides what each of its sequences adds."""
+    decode_ms_per_sequence: _builtins.float
+    decode_sequences: _builtins.int
+    """Of the running requests, those that it decodes, or has reserved memory for."""
     def __init__(
         self,
         *,
@@ -896,10 +907,14 @@ class WorkerLoad(_message.Message):
         preemptions: _builtins.int = ...,
         open_tickets: _builtins.int = ...,
         step_age_ms: _builtins.int = ...,
+        prefill_ms_per_token: _builtins.float = ...,
+        decode_ms_per_step: _builtins.float = ...,
+        decode_ms_per_sequence: _builtins.float = ...,
+        decode_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decoded_tokens", b"decoded_tokens", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "step_age_ms", b"step_age_ms", "total_blocks", b"total_blocks", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decode_ms_per_sequence", b"decode_ms_per_sequence", "decode_ms_per_step", b"decode_ms_per_step", "decode_sequences", b"decode_sequences", "decoded_tokens", b"decoded_tokens", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefill_ms_per_token", b"prefill_ms_per_token", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "step_age_ms", b"step_age_ms", "total_blocks", b"total_blocks", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -460,6 +460,7 @@ class LinkResponse(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     PULL_KV_FIELD_NUMBER: _builtins.int
     WORKER_CHANGED_FIELD_NUMBER: _builtins.int
+    CACHE_EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___LinkOpened: ...
     @_builtins.property
@@ -480,6 +481,8 @@ class LinkResponse(_message.Message):
     def pull_kv(self) -> Global___PullKV: ...
     @_builtins.property
     def worker_changed(self) -> Global___WorkerChanged: ...
+    @_builtins.property
+    def cache_events(self) -> Global___CacheEvents: ...
     def __init__(
         self,
         *,
@@ -493,12 +496,13 @@ class LinkResponse(_message.Message):
         load: _inference_pb2.WorkerLoad | None = ...,
         pull_kv: Global___PullKV | None = ...,
         worker_changed: Global___WorkerChanged | None = ...,
+        cache_events: Global___CacheEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens", "worker_changed", b"worker_changed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens", "worker_changed", b"worker_changed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens", "worker_changed", b"worker_changed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens", "worker_changed", b"worker_changed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "first_token", "prefill_released", "decode_reserved", "decode_started", "step_tokens", "failed", "load", "pull_kv", "worker_changed"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "first_token", "prefill_released", "decode_reserved", "decode_started", "step_tokens", "failed", "load", "pull_kv", "worker_changed", "cache_events"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -773,6 +777,40 @@ class WorkerChanged(_message.Message):
 Global___WorkerChanged: _TypeAlias = WorkerChanged  # noqa: Y015
 
 @_typing.final
+class CacheEvents(_message.Message):
+    """What changed in the worker's prefix cache since its last message of this kind on the link. Each is numbered one above the one
+    before; after a gap nothing is known until the next snapshot, which the worker sends by itself.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    snapshot: _builtins.bool
+    """`stored` is all that the cache holds now."""
+    stored: _builtins.bytes
+    """Chained hashes of blocks, 16 bytes each, joined. No hash is in both."""
+    evicted: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        snapshot: _builtins.bool = ...,
+        stored: _builtins.bytes = ...,
+        evicted: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted", b"evicted", "number", b"number", "snapshot", b"snapshot", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEvents: _TypeAlias = CacheEvents  # noqa: Y015
+
+@_typing.final
 class WorkerRecord(_message.Message):
     """What a worker says of itself to the membership store, under a lease that it renews."""
 
@@ -792,6 +830,7 @@ class WorkerRecord(_message.Message):
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     NUM_RANKS_FIELD_NUMBER: _builtins.int
+    NUMBER_FORMATS_FIELD_NUMBER: _builtins.int
     POSSIBLE_ROLES_FIELD_NUMBER: _builtins.int
     ROLES_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
@@ -810,6 +849,10 @@ class WorkerRecord(_message.Message):
     draining: _builtins.bool
     num_ranks: _builtins.int
     """Tensor-parallel ranks."""
+    number_formats: _builtins.str
+    """Names all that decides the bits of what it computes: formats of weights and KV. Only where these are equal does it not matter
+    which worker computes a prompt.
+    """
     roles_until_unix_s: _builtins.float
     """When its roles change back to those that it was started with, in Unix time; 0: they do not."""
     @_builtins.property
@@ -837,12 +880,13 @@ class WorkerRecord(_message.Message):
         total_blocks: _builtins.int = ...,
         draining: _builtins.bool = ...,
         num_ranks: _builtins.int = ...,
+        number_formats: _builtins.str = ...,
         possible_roles: _abc.Iterable[_builtins.str] | None = ...,
         roles_until_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "pid", b"pid", "possible_roles", b"possible_roles", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.nursery import Nursery, running_nursery
 from deploy.valkey import Valkey
 from segue import AsyncClient, Completed, GenerateOptions, Output
 from segue.errors import SegueError
 from tests.support.cluster import in_process_cluster
-from tests.support.forked_cluster import Nursery, running_nursery
 from tests.support.tiny_model import make_tiny_model
 
 NUM_TOKENS = 8
@@ -33,6 +33,7 @@ class Ending:
     tokens: Tokens
     error: SegueError | None
     was_left: bool = False
+    num_attempts: int = 0
 
 
 class Requests:
@@ -55,18 +56,20 @@ class Requests:
         """Sends a request and reads to its end. Fails on a wrong token, a second end, or an error that is no passing one."""
         tokens: list[int] = []
         completed = False
+        num_attempts = 0
         try:
             async with asyncio.timeout(leave_after_s), client.stream(list(prompt), max_tokens=num_tokens, **OPTIONS) as stream:
                 async for event in stream:
                     assert not completed, "nothing comes after the end"
-                    completed = isinstance(event, Completed)
+                    if completed := isinstance(event, Completed):
+                        num_attempts = event.paths[0].attempts
                     tokens += [token.token_id for token in event.tokens] if isinstance(event, Output) else []
         except TimeoutError:
             return Ending(tuple(tokens), None, was_left=True)
         except SegueError as error:
             ending = Ending(tuple(tokens), error)
         else:
-            ending = Ending(tuple(tokens), None)
+            ending = Ending(tuple(tokens), None, num_attempts=num_attempts)
         assert completed == (ending.error is None)
         assert ending.error is None or ending.error.retryable, ending.error
         assert ending.tokens == self._expected[prompt][: num_tokens if completed else len(tokens)], prompt

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from deploy.valkey import Valkey
 from engine.calibration import ensure_calibrated
+from router.sequence import SequencePath, SequenceRequest
 from segue import AsyncClient, GenerateOptions
+from segue.sampling import FinishReason, SamplingParams
 from tests.support.cluster import in_process_cluster
 
 MAX_TOKENS = 24
@@ -181,3 +183,21 @@ async def test_logprobs_are_the_models_own(valkey: Valkey, tiny_model_dir: Path)
         top = expected.topk(4)
         assert [token_id for token_id, _ in token.top_logprobs] == top.indices.tolist()
         assert [value for _, value in token.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-3)
+
+
+async def test_an_answer_goes_on_from_any_of_its_tokens(
+    valkey: Valkey, tiny_model_dir: Path, seeded_tokens: list[tuple[int, ...]]
+) -> None:
+    """With all that looks back at what was generated: penalties, the least number of tokens, the sampler's position."""
+    prompt, whole = make_prompts()[9], seeded_tokens[9]
+    sampling = SamplingParams(**{name: value for name, value in SEEDED.items() if name != "ignore_eos"})
+    async with in_process_cluster(valkey.url, tiny_model_dir) as cluster:
+
+        async def rest(num_known: int) -> list[int]:
+            request = SequenceRequest(f"s{num_known}", tuple(prompt), sampling, whole[:num_known])
+            steps = [step async for step in cluster.front.server.serve(request, SequencePath())]
+            assert steps[-1].finish_reason is FinishReason.LENGTH
+            return [token.token_id for step in steps for token in step.tokens]
+
+        for num_known in (0, 1, 2, 3, 4, 5, 12, MAX_TOKENS - 2, MAX_TOKENS - 1):
+            assert await rest(num_known) == list(whole[num_known:]), num_known

@@ -56,7 +56,8 @@ async def in_process_cluster(
     router: dict[str, Any] | None = None,
     **worker: Any,
 ) -> AsyncIterator[Cluster]:
-    """`router` and `worker` override settings. Checks for leaks before it stops."""
+    """`router` and `worker` override settings: unless told otherwise, prompts and answers are computed by different workers.
+    Checks for leaks before it stops."""
     cluster_id = uuid.uuid4().hex[:12]
     common = {"cluster_id": cluster_id, "redis": redis_url, "model_dir": model_dir, "model_name": MODEL_NAME}
     worker_options = {"threads": 1, "kv_memory": 2**20, "block_size": 4, "max_prefill_tokens": 32} | worker
@@ -71,7 +72,8 @@ async def in_process_cluster(
             )
             for worker_id, its_roles in roles.items()
         ]
-        settings = RouterSettings(**common, **({"http_port": 0, "grpc_port": 0} | (router or {})))
+        router_options = {"http_port": 0, "grpc_port": 0, "disaggregate": "always"} | (router or {})
+        settings = RouterSettings(**common, **router_options)
         front = await stack.enter_async_context(serving_router(settings))
         client = await stack.enter_async_context(AsyncClient(front.grpc_address))
         await client.wait_ready()

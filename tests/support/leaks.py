@@ -6,8 +6,11 @@ free + leased + cached == total, leased == 0, no leg holds a sequence, and no ti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
+from bench.forked_cluster import ForkedCluster, forked_cluster
 from deploy.worker import Worker
 from segue import AsyncClient
 from segue.worker_link import LOAD_INTERVAL_S
@@ -28,6 +31,14 @@ async def assert_no_leaks(workers: Sequence[Worker]) -> None:
         assert pool.num_leased == 0, f"{worker.settings.worker_id} leaked: {counts}"
         assert worker.load().open_tickets == 0, f"{worker.settings.worker_id} has tickets that are not over"
         assert pool.num_free + pool.num_cached == pool.num_total, f"{worker.settings.worker_id} lost blocks: {counts}"
+
+
+@asynccontextmanager
+async def forked_cluster_without_leaks(*where: Any, **settings: Any) -> AsyncIterator[ForkedCluster]:
+    """See forked_cluster. Checks for leaks before it stops."""
+    async with forked_cluster(*where, **settings) as cluster:
+        yield cluster
+        await assert_no_leaks_at(cluster.address)
 
 
 async def assert_no_leaks_at(grpc_address: str) -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from router import workers as workers_module
 from router.coordinator import Coordinator
+from router.placement import Placement
 from router.sequence import SequencePath, SequenceRequest, TokenStep
 from router.workers import Workers
+from segue.cache_feed import CacheFeed
 from segue.errors import DeadlineExceeded, NoWorker, Overloaded, SegueError, TransferError, WorkerLost
 from segue.lifecycle import Phase
 from segue.membership import Membership
@@ -78,7 +80,7 @@ async def scripted_worker(membership: Membership, worker_id: str, script: Script
     )
     leg = ScriptedLeg(script)
     server = grpc.aio.server()
-    servicer = WorkerLinkServicer([leg], lambda: record, lambda: WorkerLoad(free_blocks=5))
+    servicer = WorkerLinkServicer([leg], lambda: record, lambda: WorkerLoad(free_blocks=5), CacheFeed(list))
     add_WorkerServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     record.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -124,7 +126,8 @@ async def router(membership: Membership, *, num_workers: int, **options: object)
         while len(workers.available()) < num_workers:
             await changed.wait()
             changed.clear()
-        yield Coordinator(workers, "m", **values)  # type: ignore[arg-type]
+        placement = Placement(workers, "least_loaded", may_join=False)
+        yield Coordinator(workers, placement, "m", **values)  # type: ignore[arg-type]
 
 
 def request(max_tokens: int = 8) -> SequenceRequest:
@@ -355,8 +358,8 @@ async def test_another_attempt_goes_on_where_the_first_stopped(membership: Membe
         again = reserved[1]
         assert (list(again.token_ids), again.num_output_tokens, again.key.attempt) == ([1, 2, 3, 4, 5, 6], 3, 2)
         (failed,) = path.failed_attempts
-        assert (failed.prefill_worker, failed.decode_worker, failed.error.message) == ("prefill-0", "decode-0", "damaged in 1")
-        assert (path.attempts, path.decode_worker) == (2, "decode-1")
+        assert (failed.prefill_worker, failed.error.message, path.attempts) == ("prefill-0", "damaged in 1", 2)
+        assert {failed.decode_worker, path.decode_worker} == {"decode-0", "decode-1"}
         assert all(link.prefill_tokens == link.decode_sequences == 0 for link in coordinator._workers.all())
 
 

@@ -1,77 +1,169 @@
+"""Placement over links that were never opened: what each worker says of itself is put there by the test."""
+
+from __future__ import annotations
+
 import pytest
 
-from router.placement import WorkerFacts, least_loaded, place
-from segue.errors import InvalidRequest, NoWorker
+from router.placement import Placement, Wanted
+from router.workers import WorkerLink, Workers
+from segue.cache_feed import CacheFeed
+from segue.errors import ConfigError, InvalidRequest, NoWorker
+from segue.membership import Membership
+from segue.prefix import block_hashes
+from segue.v1 import worker_pb2 as pb
+from segue.v1.inference_pb2 import WorkerLoad
 
 
-def worker(worker_id: str, roles: str, **facts: object) -> WorkerFacts:
-    values = {"layout_fingerprint": "f", "capacity_tokens": 1000} | facts
-    return WorkerFacts(worker_id=worker_id, roles=frozenset(roles.split("+")), **values)  # type: ignore[arg-type]
+@pytest.fixture
+def workers() -> Workers:
+    return Workers(Membership("redis://127.0.0.1:1", "c"), "router", "m")
 
 
-def test_the_least_loaded_pair_wins() -> None:
-    workers = [
-        worker("p0", "prefill", prefill_tokens=50),
-        worker("p1", "prefill", prefill_tokens=10),
-        worker("d0", "decode", decode_sequences=1),
-        worker("d1", "decode", decode_sequences=2),
-    ]
-    prefill, decode = place(workers, 10, 10)
-    assert (prefill.worker_id, decode.worker_id) == ("p1", "d0")
+def join(
+    workers: Workers, worker_id: str, role: str, *, layout: str = "f", num_blocks: int = 100, formats: str = ""
+) -> WorkerLink:
+    record = pb.WorkerRecord(
+        worker_id=worker_id,
+        roles=role.split("+"),
+        layout_fingerprint=layout,
+        total_blocks=num_blocks,
+        block_size=4,
+        number_formats=formats,
+    )
+    link = WorkerLink(record, "router", workers.fleet)
+    workers._links[worker_id] = link
+    link._deliver(pb.LinkResponse(opened=pb.LinkOpened(worker=record)))
+    link._deliver(pb.LinkResponse(load=WorkerLoad(free_blocks=num_blocks)))
+    return link
 
 
-def test_free_memory_breaks_ties() -> None:
-    workers = [
-        worker("p0", "prefill"),
-        worker("d0", "decode", available_blocks=5),
-        worker("d1", "decode", available_blocks=6),
-    ]
-    assert place(workers, 10, 10)[1].worker_id == "d1"
+def wanted(num_tokens: int = 10, max_tokens: int = 10, suspects: frozenset[str] = frozenset()) -> Wanted:
+    return Wanted(list(range(num_tokens)), max_tokens, suspects=suspects)
 
 
-def test_a_worker_with_both_roles_pairs_with_itself_only() -> None:
-    workers = [worker("c0", "prefill+decode"), worker("d0", "decode", decode_sequences=-1)]
-    pair = place(workers, 10, 10)
-    assert pair[0] is pair[1]
+def pair(placement: Placement, what: Wanted) -> tuple[str, str]:
+    placed = placement.place(what)
+    return placed.prefill.record.worker_id, placed.decode.record.worker_id
 
 
-def test_only_equal_layouts_pair() -> None:
-    workers = [
-        worker("p0", "prefill", layout_fingerprint="new"),
-        worker("d0", "decode", layout_fingerprint="old"),
-    ]
+def test_a_burst_spreads_and_leaves_nothing_charged(workers: Workers) -> None:
+    for number in range(3):
+        join(workers, f"p{number}", "prefill")
+        join(workers, f"d{number}", "decode")
+    placement = Placement(workers, "cost", may_join=False)
+    placed = [placement.place(wanted()).__enter__() for _ in range(3)]
+    assert {one.prefill.record.worker_id for one in placed} == {"p0", "p1", "p2"}
+    assert {one.decode.record.worker_id for one in placed} == {"d0", "d1", "d2"}
+    placed[0].end_prefill()
+    assert placement.place(wanted()).prefill is placed[0].prefill, "its prompt is computed"
+    for one in placed:
+        one.__exit__(None, None, None)
+    assert all(link.prefill_tokens == link.decode_sequences == 0 for link in workers.all())
+
+
+def test_only_equal_layouts_pair(workers: Workers) -> None:
+    join(workers, "p0", "prefill", layout="new")
+    join(workers, "d0", "decode", layout="old")
+    placement = Placement(workers, "cost", may_join=True)
     with pytest.raises(NoWorker, match="fit together"):
-        place(workers, 1, 1)
+        placement.place(wanted())
+    join(workers, "d1", "decode", layout="new")
+    assert pair(placement, wanted()) == ("p0", "d1")
 
 
 @pytest.mark.parametrize(
-    ("workers", "missing"),
-    [([], "no prefill and no decode"), ([worker("p", "prefill")], "no decode"), ([worker("d", "decode")], "no prefill")],
+    ("roles", "missing"), [([], "no prefill and no decode"), (["prefill"], "no decode"), (["decode"], "no prefill")]
 )
-def test_a_missing_role_is_named(workers: list[WorkerFacts], missing: str) -> None:
+def test_a_missing_role_is_named(workers: Workers, roles: list[str], missing: str) -> None:
+    for role in roles:
+        join(workers, role, role)
     with pytest.raises(NoWorker, match=missing):
-        place(workers, 1, 1)
+        Placement(workers, "cost", may_join=True).place(wanted())
 
 
-def test_a_sequence_goes_where_it_fits_or_is_refused() -> None:
-    workers = [
-        worker("p0", "prefill"),
-        worker("d0", "decode", capacity_tokens=100),
-        worker("d1", "decode", decode_sequences=9),
-    ]
-    assert place(workers, 80, 40)[1].worker_id == "d1"
+def test_a_sequence_goes_where_it_fits_or_is_refused(workers: Workers) -> None:
+    join(workers, "p0", "prefill")
+    join(workers, "d0", "decode", num_blocks=20)
+    join(workers, "d1", "decode").charge(sequences=9)
+    placement = Placement(workers, "cost", may_join=False)
+    assert pair(placement, wanted(80, 40)) == ("p0", "d1")
     with pytest.raises(InvalidRequest) as caught:
-        place(workers, 800, 400)
+        placement.place(wanted(300, 200))
     assert caught.value.field == "max_tokens"
 
 
-def test_a_policy_sees_only_pairs_that_fit() -> None:
-    seen = []
+def test_suspects_are_avoided_on_either_side_while_there_are_others(workers: Workers) -> None:
+    join(workers, "p0", "prefill")
+    join(workers, "d0", "decode")
+    join(workers, "d1", "decode").charge(sequences=5)
+    placement = Placement(workers, "cost", may_join=False)
+    assert pair(placement, wanted()) == ("p0", "d0")
+    assert pair(placement, wanted(suspects=frozenset({"p0", "d0"}))) == ("p0", "d1")
+    assert pair(placement, wanted(suspects=frozenset({"p0", "d0", "d1"}))) == ("p0", "d0")
 
-    def last(pairs):  # type: ignore[no-untyped-def]
-        seen.extend(pairs)
-        return least_loaded(pairs)
 
-    workers = [worker("p0", "prefill"), worker("d0", "decode", capacity_tokens=1), worker("d1", "decode")]
-    place(workers, 5, 5, last)
-    assert [decode.worker_id for _, decode in seen] == ["d1"]
+def test_a_worker_that_leaves_is_forgotten_with_its_cache(workers: Workers) -> None:
+    join(workers, "p0", "prefill")
+    known = join(workers, "p1", "prefill")
+    join(workers, "d0", "decode")
+    placement = Placement(workers, "cost", may_join=False)
+    stored = b"".join(block_hashes(range(10), 4))
+    known._deliver(pb.LinkResponse(cache_events=pb.CacheEvents(number=3, snapshot=True, stored=stored)))
+    assert pair(placement, wanted()) == ("p1", "d0")
+    known.leave_fleet()
+    del workers._links["p1"]
+    assert pair(placement, wanted()) == ("p0", "d0")
+    known.charge(tokens=5)  # a sequence that ends late
+    again = join(workers, "p1", "prefill")
+    again.charge(tokens=1)
+    assert pair(placement, wanted()) == ("p0", "d0"), "the row's next worker has none of it"
+
+
+def test_after_a_gap_nothing_is_known_until_a_snapshot(workers: Workers) -> None:
+    join(workers, "p0", "prefill")
+    known = join(workers, "p1", "prefill")
+    fleet, stored = workers.fleet, b"".join(block_hashes(range(8), 4))
+
+    def tell(number: int, **events: object) -> int:
+        known._deliver(pb.LinkResponse(cache_events=pb.CacheEvents(number=number, **events)))  # type: ignore[arg-type]
+        return int(fleet.cached_tokens(list(range(10)), b"")[known.row])
+
+    assert tell(1, stored=stored) == 0, "no snapshot yet"
+    assert tell(1, stored=stored, snapshot=True) == 8
+    assert tell(2, evicted=stored[16:]) == 4
+    assert tell(4, stored=stored[16:]) == 0, "3 is missing"
+    assert tell(5, stored=stored[16:]) == 0
+    assert tell(5, stored=stored, snapshot=True) == 8
+    assert int(fleet.cached_tokens(list(range(10)), b"other tenant")[known.row]) == 0
+
+
+def test_workers_that_compute_other_bits_do_not_take_over_a_phase(workers: Workers) -> None:
+    join(workers, "p0", "prefill", formats="int8")
+    join(workers, "d0", "decode", formats="int8")
+    placement = Placement(workers, "cost", may_join=True)
+    for _ in range(20):
+        placement._near.add(5, 500.0)  # a hand-over takes half a second
+    assert pair(placement, wanted(5, 1)) == ("d0", "d0")
+    join(workers, "d1", "decode", formats="int4").charge(sequences=50)
+    assert pair(placement, wanted(5, 1)) == ("p0", "d0")
+
+
+def test_an_unknown_policy_is_refused(workers: Workers) -> None:
+    with pytest.raises(ConfigError, match="cost, least_loaded"):
+        Placement(workers, "best", may_join=True)
+
+
+def test_a_feed_tells_the_net_change() -> None:
+    held = {b"a" * 16, b"b" * 16}
+    feed = CacheFeed(lambda: held)
+    assert feed.take() is None
+    feed.stored(b"a" * 16)
+    feed.stored(b"c" * 16)
+    feed.evicted(b"c" * 16)
+    feed.evicted(b"b" * 16)
+    assert feed.changed.is_set()
+    events = feed.take()
+    assert events == pb.CacheEvents(number=1, stored=b"a" * 16, evicted=b"b" * 16)
+    assert feed.take() is None
+    assert not feed.changed.is_set()
+    assert feed.snapshot() == pb.CacheEvents(number=1, snapshot=True, stored=b"".join(held))
