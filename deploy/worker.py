@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from decode_worker.service import DecodeService
+from deploy.duty import Duty
 from deploy.ranks import Meeting, remote_ranks, run_rank
 from deploy.worker_parts import kv_ends, load_engine
 from engine.engine import Engine
@@ -42,18 +43,25 @@ logger = logging.getLogger(__name__)
 DRAIN_TIMEOUT_S = 60.0
 
 
-async def run_worker(settings: WorkerSettings) -> None:
-    """Serves until SIGTERM or SIGINT, drains (until done, or a second signal), then returns. Raises ModelFileError,
-    ConfigError or StoreUnavailable when it cannot start, and WorkerLost when one of its ranks is gone."""
+async def run_worker(settings: WorkerSettings) -> bool:
+    """Serves until SIGTERM or SIGINT (a second one: drain no longer), or until an operator has it leave; drains, then returns
+    whether it shall be started anew. Raises ModelFileError, ConfigError or StoreUnavailable when it cannot start, and
+    WorkerLost when one of its ranks is gone."""
     if settings.rank:
         await run_rank(settings)
-        return
+        return False
     stop = stop_event()
     async with serving_worker(settings) as worker:
         say_serving(grpc=worker.address)
+        async with background(_drain_when_told(worker.duty, stop)):
+            return await worker.duty.departure == worker_pb2.DEPARTURE_RESTART
+
+
+async def _drain_when_told(duty: Duty, stop: asyncio.Event) -> None:
+    for grace_s in (DRAIN_TIMEOUT_S, 0.0):
         await stop.wait()
         stop.clear()
-        await worker.drain(cut_short=stop)
+        duty.drain(grace_s, worker_pb2.DEPARTURE_LEAVE)
 
 
 @asynccontextmanager
@@ -86,11 +94,11 @@ class Worker:
     ranks: list[RemoteRank]
     epoch: int
     address: str = ""
-    draining: bool = False
     active_legs: list[Leg] = field(default_factory=list)
     # This process's own; further ranks have theirs.
     kv_ends: list[KVReceiver | KVSender] = field(default_factory=list)
-    servicer: WorkerLinkServicer | None = None
+    # Set while `server` runs.
+    duty: Duty = field(init=False)
 
     @asynccontextmanager
     async def legs(self) -> AsyncIterator[None]:
@@ -127,42 +135,28 @@ class Worker:
         """Serves links on a port that the system picks."""
         cache = CacheFeed(lambda: self.engine.pool.published)
         self.engine.pool.listener = cache
-        self.servicer = WorkerLinkServicer(self.active_legs, self.record, self.load, cache)
+        self.duty = Duty(self.settings, self.active_legs, lambda: servicer.tell_changed())
+        servicer = WorkerLinkServicer(self.active_legs, self.record, self.load, cache, self.duty.handle)
         server = grpc.aio.server(options=LINK_OPTIONS)
-        add_WorkerServiceServicer_to_server(self.servicer, server)
+        add_WorkerServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port(f"{self.settings.host}:0")
         self.address = f"{self.settings.host}:{port}"
         await server.start()
         try:
-            async with background(self.servicer.tell_of_cache()):
+            async with background(servicer.tell_of_cache()):
                 yield
         finally:
+            self.duty.close()
             await server.stop(grace=0.5)
-
-    async def drain(self, cut_short: asyncio.Event) -> None:
-        """Takes nothing new, tells every router so, and waits for what runs, DRAIN_TIMEOUT_S at most."""
-        self.draining = True
-        logger.info("draining: %d sequences to finish", sum(leg.num_sequences for leg in self.active_legs))
-        if self.servicer is not None:
-            self.servicer.start_draining()
-        finished = asyncio.create_task(self._wait_empty())
-        told_again = asyncio.create_task(cut_short.wait())
-        await asyncio.wait({finished, told_again}, timeout=DRAIN_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        if not finished.done():
-            logger.warning("leaving with sequences unfinished")
-        finished.cancel()
-        told_again.cancel()
-
-    async def _wait_empty(self) -> None:
-        for leg in self.active_legs:
-            await leg.wait_empty()
 
     def record(self) -> worker_pb2.WorkerRecord:
         settings, engine = self.settings, self.engine
         return worker_pb2.WorkerRecord(
             worker_id=settings.worker_id,
             epoch=self.epoch,
-            roles=settings.roles,
+            roles=self.duty.roles,
+            possible_roles=settings.possible_roles,
+            roles_until_unix_s=self.duty.roles_until_unix_s,
             address=self.address,
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -172,7 +166,7 @@ class Worker:
             vocab_size=engine.config.vocab_size,
             block_size=engine.layout.block_size,
             total_blocks=engine.pool.num_total,
-            draining=self.draining,
+            draining=self.duty.draining,
             num_ranks=engine.layout.num_ranks,
             number_formats=settings.number_formats,
         )
@@ -198,6 +192,7 @@ class Worker:
 
 
 async def main() -> None:
+    # Whatever keeps this process starts it anew, or does not.
     await run_worker(WorkerSettings.load())
 
 

@@ -56,11 +56,8 @@ class Attempt:
         self._path.prefill_worker = self._prefill.record.worker_id
         self._path.decode_worker = self._decode.record.worker_id if self._hands_over else ""
         self._path.transport = "none"
-<<<<<<< HEAD
-        self._path.prefill_queue_s = self._path.transfer_hidden_s = 0.0
-=======
         self._path.placement = self._placed.reason
->>>>>>> main
+        self._path.prefill_queue_s = self._path.transfer_hidden_s = 0.0
         self._path.lifecycle.enter(Phase.RESERVED)
         if self._hands_over:
             reserve = worker_pb2.ReserveDecode(
