@@ -1,10 +1,10 @@
-"""What a worker is there for at the moment: its roles, and whether it takes new sequences. Operators change both, over any link.
+"""What a worker is there for: its roles, and whether it takes new sequences. Operators change both, over any link.
 
     ready ──drain──► draining ──nothing left, or given up for other workers──► drained ──► stays, leaves, or is started anew
       ▲                 │                                                         │
       └──────undo───────┴─────────────────────────undo────────────────────────────┘
 
-A role that was given is a lease: when it ends, the worker has its own roles again. The worker alone knows; it tells every router.
+A role that was given is a lease: when it ends, the worker has its own roles again. It tells every router of each change.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class Duty:
-    """`on_change` is called after each change of what the worker's record says."""
-
-    def __init__(self, settings: WorkerSettings, legs: Sequence[Leg], on_change: Callable[[], None]) -> None:
+    def __init__(self, settings: WorkerSettings, legs: Sequence[Leg]) -> None:
+        # Called after each change of what the worker's record says.
+        self.on_change: Callable[[], None] = lambda: None
         self.roles: tuple[Role, ...] = settings.roles
         # Unix time; 0: for as long as the worker runs.
         self.roles_until_unix_s = 0.0
@@ -34,7 +34,6 @@ class Duty:
         self.departure: asyncio.Future[pb.Departure.ValueType] = asyncio.get_running_loop().create_future()
         self._settings = settings
         self._legs = legs
-        self._on_change = on_change
         self._drain: asyncio.Task[None] | None = None
         self._lease_end: asyncio.TimerHandle | None = None
 
@@ -61,12 +60,12 @@ class Duty:
             self._lease_end = asyncio.get_running_loop().call_later(lease_s, self._end_lease)
             self.roles_until_unix_s = time.time() + lease_s
         logger.info("is a %s worker now%s", role, f", for {lease_s:g} s" if self._lease_end else "")
-        self._on_change()
+        self.on_change()
 
     def _end_lease(self) -> None:
         self._lease_end, self.roles_until_unix_s, self.roles = None, 0.0, self._settings.roles
         logger.info("the lease of its role has ended: is a %s worker again", " and ".join(self.roles))
-        self._on_change()
+        self.on_change()
 
     def drain(self, grace_s: float, departure: pb.Departure.ValueType) -> None:
         """Begins to; whatever was said of it before holds no more."""
@@ -74,14 +73,14 @@ class Duty:
         logger.info("draining: %d sequences to finish", sum(leg.num_sequences for leg in self._legs))
         self.draining = True
         self._drain = asyncio.create_task(self._finish(grace_s, departure))
-        self._on_change()
+        self.on_change()
 
     def take_back(self) -> None:
         """Takes new sequences again, unless it is too late."""
         if not self.departure.done():
             self._stop_draining()
             self.draining = False
-            self._on_change()
+            self.on_change()
 
     def _stop_draining(self) -> None:
         if self._drain is not None:

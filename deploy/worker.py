@@ -135,8 +135,9 @@ class Worker:
         """Serves links on a port that the system picks."""
         cache = CacheFeed(lambda: self.engine.pool.published)
         self.engine.pool.listener = cache
-        self.duty = Duty(self.settings, self.active_legs, lambda: servicer.tell_changed())
-        servicer = WorkerLinkServicer(self.active_legs, self.record, self.load, cache, self.duty.handle)
+        duty = self.duty = Duty(self.settings, self.active_legs)
+        servicer = WorkerLinkServicer(self.active_legs, self.record, self.load, cache, duty.handle)
+        duty.on_change = servicer.tell_changed
         server = grpc.aio.server(options=LINK_OPTIONS)
         add_WorkerServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port(f"{self.settings.host}:0")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from router.admission import Admission
 from router.coordinator import Coordinator
 from router.front import Front
+from router.operations import Operations
 from router.placement import Placement
 from router.text import Tokenizer
 from router.workers import Workers
 from segue.config import RouterSettings
-from segue.membership import Membership
+from segue.membership import Membership, held_lease
 from segue.models.config import ModelConfig
 from segue.runtime import say_serving, stop_event
+from segue.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +40,31 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
     """A router that serves until the block ends."""
     tokenizer = Tokenizer.from_dir(settings.model_dir)
     model_config = ModelConfig.from_dir(settings.model_dir)
-    router_id = f"router-{uuid.uuid4().hex[:8]}"
+    router_id = settings.router_id or f"router-{uuid.uuid4().hex[:8]}"
     async with Membership(settings.redis, settings.cluster_id) as membership:
         async with Workers(membership, router_id, settings.model_name).running() as workers:
             placement = Placement(workers, settings.policy, may_join=settings.disaggregate == "auto")
+            admission = Admission(
+                workers.fleet,
+                max_active=settings.max_active_requests,
+                max_waiting=settings.max_waiting_requests,
+                max_wait_s=settings.max_wait_s,
+            )
             coordinator = Coordinator(
                 workers,
                 placement,
+                admission,
                 settings.model_name,
-                max_active=settings.max_active_requests,
                 max_attempts=settings.max_attempts,
                 timeout_s=settings.request_timeout_s,
             )
-            async with Front(settings, tokenizer, model_config, coordinator) as front:
-                yield front
+            async with Front(settings, tokenizer, model_config, coordinator, Operations(workers)) as front:
+                record = worker_pb2.RouterRecord(
+                    router_id=router_id,
+                    grpc_address=front.grpc_address,
+                    http_address=front.http_address,
+                    pid=os.getpid(),
+                    host=socket.gethostname(),
+                )
+                async with held_lease(membership, lambda: record, settings.member_lease_ms, must_begin=False):
+                    yield front

@@ -59,7 +59,9 @@ class Attempt:
         self._path.placement = self._placed.reason
         self._path.prefill_queue_s = self._path.transfer_hidden_s = 0.0
         self._path.lifecycle.enter(Phase.RESERVED)
-        if self._hands_over:
+        if not self._hands_over:
+            self._placed.reserved()
+        else:
             reserve = worker_pb2.ReserveDecode(
                 key=self._key,
                 token_ids=self._token_ids,
@@ -119,6 +121,7 @@ class Attempt:
     def _attach_tickets(self, reserved: worker_pb2.DecodeReserved) -> None:
         attach = worker_pb2.AttachTickets(key=self._key, tickets=reserved.tickets)
         self._prefill.send(worker_pb2.LinkRequest(attach_tickets=attach))
+        self._placed.reserved()
         if self._path.lifecycle.phase is Phase.RESERVED:
             self._path.lifecycle.enter(Phase.PREFILLING)
 

@@ -17,9 +17,12 @@ from typing import Self
 import grpc.aio
 from aiohttp import web
 
-from router.grpc_api import add_services, server_options
+from router.grpc_api import add_reflection, add_services, server_options
 from router.metrics import Metrics
 from router.openai.http import build_application
+from router.operations import Operator
+from router.operator_api import SERVICE_NAME as OPERATOR_SERVICE_NAME
+from router.operator_api import add_operator_service
 from router.options import ModelLimits
 from router.readiness import Readiness
 from router.records import Records
@@ -44,6 +47,7 @@ class Front:
         tokenizer: Tokenizer,
         model_config: ModelConfig,
         server: SequenceServer,
+        operator: Operator,
         *,
         shutdown_grace_s: float = SHUTDOWN_GRACE_S,
     ) -> None:
@@ -56,6 +60,7 @@ class Front:
         self._settings = settings
         self._shutdown_grace_s = shutdown_grace_s
         self.server = server
+        self._operator = operator
         self._exits = AsyncExitStack()
         self._http_port = self._grpc_port = 0
         self.metrics = Metrics(server)
@@ -110,19 +115,22 @@ class Front:
         exits.push_async_callback(runner.cleanup)
         host, port = self._settings.host, self._settings.http_port
         try:
-            await web.TCPSite(runner, host, port, reuse_address=True).start()
+            await web.TCPSite(runner, host, port, reuse_address=True, reuse_port=self._settings.shares_ports).start()
         except OSError as error:
             raise _cannot_listen(host, port, "http_port", error) from None
         self._http_port = runner.addresses[0][1]
         return runner
 
     async def _start_grpc(self, exits: AsyncExitStack) -> grpc.aio.Server:
-        server = grpc.aio.server(options=server_options(self._settings.max_body))
+        server = grpc.aio.server(options=server_options(self._settings.max_body, shares_port=self._settings.shares_ports))
         add_services(server, self._service)
+        add_operator_service(server, self.records, self._operator)
+        add_reflection(server, OPERATOR_SERVICE_NAME)
         host, port = self._settings.host, self._settings.grpc_port
         try:
             # gRPC itself does not tell why it cannot listen.
-            with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with socket.create_server((host, port), family=family, reuse_port=self._settings.shares_ports):
                 pass
             self._grpc_port = server.add_insecure_port(_address(host, port))
         except OSError as error:

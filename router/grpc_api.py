@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import grpc
@@ -17,11 +19,12 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from grpc_reflection.v1alpha import reflection
 
+from router.caller import ANONYMOUS
 from router.explain import path_text
 from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
 from router.grpc_health import HEALTH_SERVICE_NAME, add_health
 from router.grpc_options import options_from_pb
-from router.options import GenerationSpec
+from router.options import GenerationSpec, Seen
 from router.service import Service, new_request_id
 from router.text import ChatMessage
 from segue.errors import InternalError, InvalidRequest, SegueError
@@ -38,27 +41,31 @@ _API = "grpc"
 _PATH_KEY = "segue-path"
 
 
-def server_options(max_body: int) -> list[tuple[str, int]]:
+def server_options(max_body: int, *, shares_port: bool = False) -> list[tuple[str, int]]:
     """Channel options for the server. Without so_reuseport=0 a port in use would be shared without a word."""
     return [
         ("grpc.max_receive_message_length", max_body),
         ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shares_port)),
     ]
 
 
 def add_services(server: grpc.aio.Server, service: Service) -> None:
-    """Adds the public API, health and reflection."""
+    """Adds the public API and health."""
     servicer = InferenceServicer(service)
     methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Generate": grpc.unary_stream_rpc_method_handler(servicer.generate),
-        "Tokenize": grpc.unary_unary_rpc_method_handler(_unary(servicer.tokenize)),
-        "ListModels": grpc.unary_unary_rpc_method_handler(_unary(servicer.list_models)),
-        "GetClusterStatus": grpc.unary_unary_rpc_method_handler(_unary(servicer.get_cluster_status)),
+        "Tokenize": grpc.unary_unary_rpc_method_handler(unary(servicer.tokenize)),
+        "ListModels": grpc.unary_unary_rpc_method_handler(unary(servicer.list_models)),
+        "GetClusterStatus": grpc.unary_unary_rpc_method_handler(unary(servicer.get_cluster_status)),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, methods),))
     add_health(server, SERVICE_NAME, service.readiness)
-    reflection.enable_server_reflection((SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+
+def add_reflection(server: grpc.aio.Server, *further_services: str) -> None:
+    names = (SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME, *further_services)
+    reflection.enable_server_reflection(names, server)
 
 
 class InferenceServicer:
@@ -70,7 +77,7 @@ class InferenceServicer:
     async def generate(self, data: bytes, context: _Context) -> None:
         async with _errors_abort(context):
             with self._service.metrics.track(_API) as meter:
-                spec = await self._plan(_parse(pb.GenerateRequest, data))
+                spec = await self._plan(parse(pb.GenerateRequest, data), _deadline_s(context))
                 with self._service.records.record(spec.request_id, _API, len(spec.prompt_token_ids)) as record:
                     try:
                         await self._send(context, self._started(spec))
@@ -84,7 +91,7 @@ class InferenceServicer:
                             context.set_trailing_metadata(((_PATH_KEY, path_text(record.first_path)),))
 
     async def tokenize(self, data: bytes) -> bytes:
-        request = _parse(pb.TokenizeRequest, data)
+        request = parse(pb.TokenizeRequest, data)
         self._check_model(request.model)
         kind = request.WhichOneof("input")
         if kind is None:
@@ -93,7 +100,7 @@ class InferenceServicer:
         return pb.TokenizeResponse(token_ids=token_ids, max_context=self._service.limits.max_context).SerializeToString()
 
     async def list_models(self, data: bytes) -> bytes:
-        _parse(pb.ListModelsRequest, data)
+        parse(pb.ListModelsRequest, data)
         limits = self._service.limits
         model = pb.Model(
             id=self._service.model_name,
@@ -104,18 +111,30 @@ class InferenceServicer:
         return pb.ListModelsResponse(models=[model]).SerializeToString()
 
     async def get_cluster_status(self, data: bytes) -> bytes:
-        _parse(pb.GetClusterStatusRequest, data)
+        parse(pb.GetClusterStatusRequest, data)
         return self._service.server.status().SerializeToString()
 
-    async def _plan(self, request: pb.GenerateRequest) -> GenerationSpec:
+    async def _plan(self, request: pb.GenerateRequest, deadline_s: float | None) -> GenerationSpec:
         self._check_model(request.model)
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing; give text, token_ids or chat")
-        options = options_from_pb(request)
+        options, seen = (
+            options_from_pb(request),
+            [Seen(tuple(choice.token_ids), is_finished=choice.finished) for choice in request.resume.choices],
+        )
         names = {"prompt": kind, "logprobs": "num_logprobs"}
         token_ids = await self._prompt_token_ids(request)
-        return self._service.build_spec(new_request_id(), token_ids, options, names, continues_text=kind != "chat")
+        return self._service.build_spec(
+            new_request_id(),
+            token_ids,
+            options,
+            names,
+            continues_text=kind != "chat",
+            seen=seen,
+            caller=replace(ANONYMOUS, priority=request.priority),
+            deadline_s=deadline_s,
+        )
 
     async def _prompt_token_ids(self, request: pb.GenerateRequest) -> list[int]:
         if request.HasField("token_ids"):
@@ -139,13 +158,22 @@ class InferenceServicer:
     def _started(self, spec: GenerationSpec) -> pb.GenerateResponse:
         return pb.GenerateResponse(
             started=pb.Started(
-                request_id=spec.request_id, model=self._service.model_name, num_prompt_tokens=len(spec.prompt_token_ids)
+                request_id=spec.request_id,
+                model=self._service.model_name,
+                num_prompt_tokens=len(spec.prompt_token_ids),
+                seed=spec.sampling.seed,
             )
         )
 
     async def _send(self, context: _Context, response: pb.GenerateResponse) -> None:
         async with self._service.client_reads():
             await context.write(response.SerializeToString())
+
+
+def _deadline_s(context: _Context) -> float | None:
+    """The call's own, on the loop's clock."""
+    left_s = context.time_remaining()
+    return None if left_s is None else asyncio.get_running_loop().time() + left_s
 
 
 def event_to_pb(event: GenerationEvent) -> pb.GenerateResponse:
@@ -169,7 +197,7 @@ def _output_to_pb(output: ChoiceOutput) -> pb.Output:
     )
 
 
-def _parse(message_class: type[_Request], data: bytes) -> _Request:
+def parse(message_class: type[_Request], data: bytes) -> _Request:
     try:
         return message_class.FromString(data)
     except DecodeError as error:
@@ -177,7 +205,7 @@ def _parse(message_class: type[_Request], data: bytes) -> _Request:
         raise InvalidRequest("request", f"is not a valid {name} (text must be UTF-8): {error}") from None
 
 
-def _unary(method: Callable[[bytes], Awaitable[bytes]]) -> Callable[[bytes, _Context], Awaitable[bytes]]:
+def unary(method: Callable[[bytes], Awaitable[bytes]]) -> Callable[[bytes, _Context], Awaitable[bytes]]:
     async def handle(data: bytes, context: _Context) -> bytes:
         async with _errors_abort(context):
             return await method(data)
@@ -209,4 +237,6 @@ async def _abort(context: _Context, error: SegueError) -> None:
     ]
     if error.field is not None:
         metadata.append(("segue-error-field", error.field))
+    if error.retry_after_s is not None:
+        metadata.append(("segue-retry-after-ms", str(math.ceil(1000 * error.retry_after_s))))
     await context.abort(error.grpc_status, error.message, tuple(metadata))

@@ -8,9 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from router.caller import ANONYMOUS, Caller
 from router.generation import GenerationEvent, generate
 from router.metrics import Metrics
-from router.options import GenerationOptions, GenerationSpec, ModelLimits, build_spec
+from router.options import GenerationOptions, GenerationSpec, ModelLimits, Seen, build_spec
 from router.readiness import Readiness
 from router.records import Records, RequestRecord
 from router.sequence import SequenceServer
@@ -60,6 +61,9 @@ class Service:
         names: Mapping[str, str],
         *,
         continues_text: bool = True,
+        seen: Sequence[Seen] = (),
+        caller: Caller = ANONYMOUS,
+        deadline_s: float | None = None,
     ) -> GenerationSpec:
         """See router.options.build_spec."""
         return build_spec(
@@ -70,6 +74,9 @@ class Service:
             max_sequence_tokens=self.server.max_sequence_tokens,
             names=names,
             continues_text=continues_text,
+            seen=seen,
+            caller=caller,
+            deadline_s=deadline_s,
         )
 
     def generate(self, spec: GenerationSpec, record: RequestRecord) -> AsyncGenerator[GenerationEvent, None]:

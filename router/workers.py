@@ -57,12 +57,16 @@ class WorkerLink:
         self._fleet = fleet
         self.load = inference_pb2.WorkerLoad()
         self.is_open = False
+        # How often the worker has said of itself what it is now.
+        self.num_changes = 0
         # When membership stopped showing the worker, on the monotonic clock.
         self.absent_since_s: float | None = None
         self._num_silent_ticks = 0
         # Of this router's sequences: prompt tokens that have no first token yet, and those that decode here or will.
         self.prefill_tokens = 0
         self.decode_sequences = 0
+        # Of the latter, those without a ticket yet.
+        self.unreserved_sequences = 0
         self._router_id = router_id
         self._outbox: asyncio.Queue[worker_pb2.LinkRequest] = asyncio.Queue()
         self._lines: dict[SequenceId, asyncio.Queue[LineEvent]] = {}
@@ -79,9 +83,10 @@ class WorkerLink:
         self._fleet.leave(self.row)
         self._row = None
 
-    def charge(self, *, tokens: int = 0, sequences: int = 0) -> None:
+    def charge(self, *, tokens: int = 0, sequences: int = 0, unreserved: int = 0) -> None:
         self.prefill_tokens += tokens
         self.decode_sequences += sequences
+        self.unreserved_sequences += unreserved
         self._changed()
 
     def _changed(self) -> None:
@@ -184,6 +189,7 @@ class WorkerLink:
     def _learn(self, record: worker_pb2.WorkerRecord) -> None:
         """What the worker itself says holds; its record in the membership store may be a moment older."""
         self.record = record
+        self.num_changes += 1
         self._changed()
 
     def _tell(self, key: worker_pb2.SequenceKey, said: worker_pb2.LinkResponse | SegueError) -> None:
@@ -204,6 +210,7 @@ class WorkerLink:
             # What it reported holds this router's part as well, but may be half a second old.
             queued_tokens=max(self.prefill_tokens, load.queued_tokens),
             sequences=max(self.decode_sequences, load.decode_sequences),
+            unreserved=self.unreserved_sequences,
             available_blocks=load.free_blocks + load.cached_blocks,
             prefill_ms_per_token=load.prefill_ms_per_token,
             decode_ms_per_step=load.decode_ms_per_step,
@@ -252,6 +259,7 @@ class Workers:
         # Told whenever a link opens or breaks, or membership was read.
         self.changed = Wakeups()
         self.membership_fresh = False
+        self.routers: list[worker_pb2.RouterRecord] = []
         # When each role last had an available worker, on the loop's clock.
         self.last_complete_s = float("-inf")
 
@@ -294,6 +302,7 @@ class Workers:
     async def _look(self) -> None:
         try:
             records = await self._membership.list_workers()
+            self.routers = await self._membership.list_routers()
         except StoreUnavailable as error:
             if self.membership_fresh:
                 logger.warning("going on with the workers known so far: %s", error.message)

@@ -137,6 +137,7 @@ class RoutingSettings(Settings):
     """How a router chooses workers."""
 
     policy: PolicyName = Field("cost", description="How a request's workers are chosen")
+    max_wait_s: float = Field(30.0, gt=0, description="Seconds that a request may have to wait for its turn; refused otherwise")
     disaggregate: Literal["auto", "always"] = Field(
         "auto", description="auto lets one worker run both phases of a request where that costs less; always never does"
     )
@@ -152,6 +153,7 @@ class ClusterSettings(EngineSettings, RoutingSettings):
     redis: str | None = Field(None, description="Redis or Valkey URL; without it an embedded Valkey is started")
     ray_address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started")
     host: str = Field(LOOPBACK, description="Address that the router listens on")
+    routers: int = Field(1, ge=1, le=16, description="Routers on this host, behind one address")
     http_port: Port = Field(8000, description="OpenAI-compatible HTTP API; 0 picks a free port")
     grpc_port: Port = Field(50051, description="gRPC API; 0 picks a free port")
 
@@ -159,12 +161,18 @@ class ClusterSettings(EngineSettings, RoutingSettings):
 class RouterSettings(RoutingSettings):
     cluster_id: str
     redis: str
+    # Unique in the cluster; drawn if not given.
+    router_id: str = ""
     model_dir: Path
     model_name: str
     host: str = LOOPBACK
     http_port: Port = 8000
     grpc_port: Port = 50051
+    # Other routers on this host may listen on the same ports: the kernel gives each new connection to one of them.
+    shares_ports: bool = False
+    member_lease_ms: int = Field(3_000, ge=100)
     max_active_requests: int = Field(1024, ge=1)
+    max_waiting_requests: int = Field(4096, ge=1)
     max_body: NumBytes = 8 * 2**20
     request_timeout_s: float = Field(600.0, gt=0)
     # How often a request may be started in all, when workers are lost or hand-overs fail.

@@ -97,6 +97,8 @@ class _GenerationBody(_Body):
     stop: Annotated[list[str], BeforeValidator(_stop_list)] = Field(default_factory=list)
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
+    # As in vLLM: lower is served first.
+    priority: int = 0
     # Segue's own: which way each choice took, in the answer or in a last chunk.
     include_path: bool = False
 

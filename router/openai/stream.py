@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from aiohttp import web
 
-from router.generation import GenerationEvent
+from router.generation import ChoiceOutput, GenerationEvent
 from router.metrics import RequestMeter
 from router.openai.errors import STREAM_STARTED, error_body
+from router.openai.event_ids import EventIds
 from router.openai.responses import SSE_DONE, Answer, sse
 from router.service import Service
 from segue.errors import RequestCancelled, SegueError
@@ -24,12 +25,13 @@ async def stream_answer(
     request: web.Request,
     answer: Answer,
     events: NumberedEvents,
+    ids: EventIds,
     meter: RequestMeter,
 ) -> web.StreamResponse:
     """Raises the SegueError of a request that fails before its first output."""
     response = web.StreamResponse(headers=_HEADERS)
     try:
-        async for data in _chunks(answer, events):
+        async for data in _chunks(answer, events, ids):
             await _send(service, request, response, data)
         await _send(service, request, response, SSE_DONE)
     except RequestCancelled:
@@ -43,10 +45,15 @@ async def stream_answer(
     return response
 
 
-async def _chunks(answer: Answer, events: NumberedEvents) -> AsyncIterator[bytes]:
+async def _chunks(answer: Answer, events: NumberedEvents, ids: EventIds) -> AsyncIterator[bytes]:
     async for prompt, event in events:
-        if (chunk := answer.chunk(prompt, event)) is not None:
-            yield sse(chunk)
+        chunk = answer.chunk(prompt, event)
+        if isinstance(event, ChoiceOutput):
+            ids.note(prompt, event)
+            if event.is_seen:
+                continue
+        if chunk is not None:
+            yield sse(chunk, ids.last())
     if (chunk := answer.last_chunk()) is not None:
         yield sse(chunk)
 

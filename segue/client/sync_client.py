@@ -16,10 +16,13 @@ from segue.client.events import Completed, Event, Output, event_from_pb
 from segue.client.failures import failure_from_rpc
 from segue.client.requests import GenerateOptions, Prompt, generate_request, tokenize_request
 from segue.client.results import Generation, GenerationBuilder
+from segue.client.resumption import Resumption
 from segue.client.retry import Attempts, ReadinessWait, RetryPolicy
 from segue.errors import InternalError, NoWorker, RequestCancelled, SegueError
 from segue.v1 import inference_pb2 as pb
+from segue.v1 import operator_pb2
 from segue.v1.inference_pb2_grpc import InferenceServiceStub
+from segue.v1.operator_pb2_grpc import OperatorServiceStub
 
 if TYPE_CHECKING:
     from grpc import _CallIterator
@@ -53,6 +56,7 @@ class Client:
         self._sleep = sleep
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = InferenceServiceStub(self._channel)
+        self._operator = OperatorServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -113,6 +117,33 @@ class Client:
                 return status
             self._sleep(wait.pause_s(NoWorker(f"no ready worker for: {', '.join(status.missing_roles)}")))
 
+    def drain_worker(
+        self, worker_id: str, *, grace_s: float | None = None, undo: bool = False, force: bool = False
+    ) -> status_types.WorkerStatus:
+        """Lets a worker finish what it has, `grace_s` at most (None: 60), and take nothing new; or takes it back. See `status`
+        for how far it is. `force`: also when no other ready worker has its role."""
+        request = operator_pb2.DrainWorkerRequest(worker_id=worker_id, grace_s=grace_s, undo=undo, force=force)
+        response = self._call(self._operator.DrainWorker, request, CONTROL_TIMEOUT_S)
+        return status_types.worker_from_pb(response.worker)
+
+    def restart_worker(self, worker_id: str, *, grace_s: float | None = None, force: bool = False) -> status_types.WorkerStatus:
+        """Drains a worker and ends its process, to be started anew by whatever keeps it."""
+        request = operator_pb2.RestartWorkerRequest(worker_id=worker_id, grace_s=grace_s, force=force)
+        response = self._call(self._operator.RestartWorker, request, CONTROL_TIMEOUT_S)
+        return status_types.worker_from_pb(response.worker)
+
+    def set_worker_role(self, worker_id: str, role: str, *, lease_s: float, force: bool = False) -> status_types.WorkerStatus:
+        """Gives a worker another role for `lease_s`; asking again renews it."""
+        request = operator_pb2.SetWorkerRoleRequest(worker_id=worker_id, role=role, lease_s=lease_s, force=force)
+        response = self._call(self._operator.SetWorkerRole, request, CONTROL_TIMEOUT_S)
+        return status_types.worker_from_pb(response.worker)
+
+    def explain(self, request_id: str = "") -> operator_pb2.RequestRecord:
+        """Which way a recent request took and where its time went, as the router that served it remembers it; without an id
+        the latest."""
+        response = self._call(self._operator.Explain, operator_pb2.ExplainRequest(request_id=request_id), CONTROL_TIMEOUT_S)
+        return response.record
+
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:
@@ -142,7 +173,7 @@ class GenerationStream:
         sleep: Callable[[float], None],
     ) -> None:
         self._stub = stub
-        self._request = request
+        self._resumption = Resumption(request)
         self._attempts = attempts
         self._address = address
         self._sleep = sleep
@@ -175,7 +206,7 @@ class GenerationStream:
             self._sleep(pause_s)
 
     def _attempt(self) -> Iterator[Event]:
-        call = self._call = self._stub.Generate(self._request, timeout=self._attempts.begin())
+        call = self._call = self._stub.Generate(self._resumption.request(), timeout=self._attempts.begin())
         try:
             # cancel() may have come before the call was there to be cancelled.
             if self._cancelled:
@@ -183,8 +214,8 @@ class GenerationStream:
             for message in call:
                 event = event_from_pb(message)
                 if isinstance(event, Output):
-                    self._attempts.output_began()
-                if event is not None:
+                    self._attempts.output_came()
+                if event is not None and self._resumption.see(event):
                     yield event
                 if isinstance(event, Completed):
                     return

@@ -54,11 +54,6 @@ class OperatorServiceStub:
                 request_serializer=segue_dot_v1_dot_operator__pb2.SetWorkerRoleRequest.SerializeToString,
                 response_deserializer=segue_dot_v1_dot_operator__pb2.SetWorkerRoleResponse.FromString,
                 _registered_method=True)
-        self.ScaleCluster = channel.unary_unary(
-                '/segue.v1.OperatorService/ScaleCluster',
-                request_serializer=segue_dot_v1_dot_operator__pb2.ScaleClusterRequest.SerializeToString,
-                response_deserializer=segue_dot_v1_dot_operator__pb2.ScaleClusterResponse.FromString,
-                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -94,14 +89,6 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ScaleCluster(self, request, context):
-        """Changes the number of workers. Whatever keeps the cluster's workers starts those that lack; this router drains those that are too
-        many. Returns once that has begun.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,11 +111,6 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.SetWorkerRole,
                     request_deserializer=segue_dot_v1_dot_operator__pb2.SetWorkerRoleRequest.FromString,
                     response_serializer=segue_dot_v1_dot_operator__pb2.SetWorkerRoleResponse.SerializeToString,
-            ),
-            'ScaleCluster': grpc.unary_unary_rpc_method_handler(
-                    servicer.ScaleCluster,
-                    request_deserializer=segue_dot_v1_dot_operator__pb2.ScaleClusterRequest.FromString,
-                    response_serializer=segue_dot_v1_dot_operator__pb2.ScaleClusterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -239,33 +221,6 @@ class OperatorService:
             '/segue.v1.OperatorService/SetWorkerRole',
             segue_dot_v1_dot_operator__pb2.SetWorkerRoleRequest.SerializeToString,
             segue_dot_v1_dot_operator__pb2.SetWorkerRoleResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ScaleCluster(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/segue.v1.OperatorService/ScaleCluster',
-            segue_dot_v1_dot_operator__pb2.ScaleClusterRequest.SerializeToString,
-            segue_dot_v1_dot_operator__pb2.ScaleClusterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,10 +47,6 @@ class OperatorServiceStub:
     """
     SetWorkerRole: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SetWorkerRoleRequest, _operator_pb2.SetWorkerRoleResponse]
     """Gives the worker another role, as a lease: when it ends, the worker has the role again that it was started with."""
-    ScaleCluster: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ScaleClusterRequest, _operator_pb2.ScaleClusterResponse]
-    """Changes the number of workers. Whatever keeps the cluster's workers starts those that lack; this router drains those that are too
-    many. Returns once that has begun.
-    """
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -67,10 +63,6 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """
     SetWorkerRole: _aio.UnaryUnaryMultiCallable[_operator_pb2.SetWorkerRoleRequest, _operator_pb2.SetWorkerRoleResponse]  # type: ignore[assignment]
     """Gives the worker another role, as a lease: when it ends, the worker has the role again that it was started with."""
-    ScaleCluster: _aio.UnaryUnaryMultiCallable[_operator_pb2.ScaleClusterRequest, _operator_pb2.ScaleClusterResponse]  # type: ignore[assignment]
-    """Changes the number of workers. Whatever keeps the cluster's workers starts those that lack; this router drains those that are too
-    many. Returns once that has begun.
-    """
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -108,15 +100,5 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.SetWorkerRoleResponse, _abc.Awaitable[_operator_pb2.SetWorkerRoleResponse]]:
         """Gives the worker another role, as a lease: when it ends, the worker has the role again that it was started with."""
-
-    @_abc_1.abstractmethod
-    def ScaleCluster(
-        self,
-        request: _operator_pb2.ScaleClusterRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_operator_pb2.ScaleClusterResponse, _abc.Awaitable[_operator_pb2.ScaleClusterResponse]]:
-        """Changes the number of workers. Whatever keeps the cluster's workers starts those that lack; this router drains those that are too
-        many. Returns once that has begun.
-        """
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

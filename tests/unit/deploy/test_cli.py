@@ -95,6 +95,10 @@ OTHER_VALUES: dict[str, Any] = {
     "kv_pull": False,
     "kv_transport": "tcp",
     "chaos": "seed=1,drop=0.01",
+    "policy": "round_robin",
+    "disaggregate": "always",
+    "max_wait_s": 2.5,
+    "routers": 3,
 }
 
 

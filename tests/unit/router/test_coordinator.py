@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 
 from router import workers as workers_module
+from router.admission import Admission
 from router.coordinator import Coordinator
 from router.placement import Placement
 from router.sequence import SequencePath, SequenceRequest, TokenStep
@@ -63,12 +64,16 @@ class ScriptedLeg:
     async def wait_empty(self) -> None:
         return
 
+    def give_up(self, error: SegueError) -> None:
+        return
+
 
 @dataclass
 class ScriptedWorker:
     leg: ScriptedLeg
     record: pb.WorkerRecord
     server: grpc.aio.Server
+    servicer: WorkerLinkServicer
 
 
 @asynccontextmanager
@@ -80,13 +85,13 @@ async def scripted_worker(membership: Membership, worker_id: str, script: Script
     )
     leg = ScriptedLeg(script)
     server = grpc.aio.server()
-    servicer = WorkerLinkServicer([leg], lambda: record, lambda: WorkerLoad(free_blocks=5), CacheFeed(list))
+    servicer = WorkerLinkServicer([leg], lambda: record, lambda: WorkerLoad(free_blocks=5), CacheFeed(list), lambda _: None)
     add_WorkerServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     record.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     await membership.announce(record, 60_000)
     try:
-        yield ScriptedWorker(leg, record, server)
+        yield ScriptedWorker(leg, record, server, servicer)
     finally:
         await membership.withdraw(record)
         await server.stop(0)
@@ -120,14 +125,16 @@ def silent(link: RouterLink, message: pb.LinkRequest) -> None:
 
 @asynccontextmanager
 async def router(membership: Membership, *, num_workers: int, **options: object) -> AsyncIterator[Coordinator]:
-    values = {"max_active": 100, "max_attempts": 1, "timeout_s": 30.0} | options
+    max_waiting = options.pop("max_waiting", 100)
+    values = {"max_attempts": 1, "timeout_s": 30.0} | options
     async with Workers(membership, "router", "m").running() as workers:
         changed = workers.changed.listener()
         while len(workers.available()) < num_workers:
             await changed.wait()
             changed.clear()
         placement = Placement(workers, "least_loaded", may_join=False)
-        yield Coordinator(workers, placement, "m", **values)  # type: ignore[arg-type]
+        admission = Admission(workers.fleet, max_active=100, max_waiting=max_waiting, max_wait_s=60)  # type: ignore[arg-type]
+        yield Coordinator(workers, placement, admission, "m", **values)  # type: ignore[arg-type]
 
 
 def request(max_tokens: int = 8) -> SequenceRequest:
@@ -297,15 +304,15 @@ async def test_a_draining_worker_gets_nothing_new(membership: Membership) -> Non
         coordinator = await stack.enter_async_context(router(membership, num_workers=1))
         changed = coordinator._workers.changed.listener()
         worker.record.draining = True
-        await membership.announce(worker.record, 60_000)
-        while coordinator.status().workers[0].state != "draining":
+        worker.servicer.tell_changed()
+        while coordinator.status().workers[0].state != "drained":
             await changed.wait()
             changed.clear()
         with pytest.raises(NoWorker):
             await collect(coordinator, SequencePath())
 
 
-@pytest.mark.parametrize(("options", "error"), [({"max_active": 0}, Overloaded), ({"timeout_s": 0.05}, DeadlineExceeded)])
+@pytest.mark.parametrize(("options", "error"), [({"max_waiting": 0}, Overloaded), ({"timeout_s": 0.05}, DeadlineExceeded)])
 async def test_limits(membership: Membership, options: dict[str, float], error: type[SegueError]) -> None:
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
@@ -400,7 +407,10 @@ async def test_a_worker_that_says_nothing_is_given_up(membership: Membership, mo
             await collect(coordinator, SequencePath())
 
 
-async def test_a_worker_whose_step_does_not_end_is_given_up_but_heard_on(membership: Membership) -> None:
+async def test_a_worker_whose_step_does_not_end_is_given_up_but_heard_on(
+    membership: Membership, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segue.worker_link.LOAD_INTERVAL_S", 3600.0)
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
         coordinator = await stack.enter_async_context(router(membership, num_workers=1))
