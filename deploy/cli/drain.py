@@ -26,8 +26,9 @@ def drain(
 ) -> None:
     """Take a worker out of service without a failed request, for maintenance.
 
-    It takes nothing new from now on, finishes what it has and waits for its hand-overs. What still runs after --grace goes on on
-    other workers, unseen by its clients. The worker then stays, without work, until --undo, segue restart or its end.
+    It takes nothing new from now on, finishes what it has and waits for its hand-overs. What still runs after --grace
+    continues on other workers, unseen by its clients. The worker then stays, without work, until --undo, segue restart or its
+    end.
     """
     with connected(address) as client:
         grace_s = seconds(grace, "--grace")

@@ -26,8 +26,8 @@ def restart(
 ) -> None:
     """Start workers anew without a failed request: to take up new code, or to be rid of a bad state.
 
-    Each is drained, ends, is started again by what keeps it (segue up, Kubernetes) and must serve before the next one's turn. The
-    first that does not come back ends the command, and the others are left as they are.
+    Each is drained, ends, is started again by what keeps it (segue up, Kubernetes) and must serve before the next one's turn.
+    The first that does not come back ends the command, and the others are left as they are.
     """
     with connected(address) as client:
         grace_s, limit_s = seconds(grace, "--grace"), seconds(ready_within, "--ready-within")

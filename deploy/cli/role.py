@@ -23,8 +23,8 @@ def role(
     """Flip a worker to the other role, at once and without a failed request.
 
     What it has goes on to its end; new requests come by the new role. A role is a lease: after --for, or when the worker starts
-    anew, it has the role again that it was started with. Asking for that role ends the lease. A worker whose weights, KV format or
-    number of ranks are those of its role alone cannot be flipped.
+    anew, it has the role again that it was started with. Asking for that role ends the lease. A worker whose weights, KV format
+    or number of ranks are those of its role alone cannot be flipped.
     """
     with connected(address) as client:
         status = client.set_worker_role(worker, role, lease_s=seconds(lease, "--for"), force=force)

@@ -269,4 +269,4 @@ def test_what_cannot_have_been_seen_is_refused(seen: list[Seen], problem: str) -
 async def test_a_stop_string_that_was_seen_is_refused(tokenizer: Tokenizer) -> None:
     spec = replace(spec_of(stop=("fox",)), seen=(Seen(tuple(tokenizer.encode("a fox b"))),))
     with pytest.raises(InvalidRequest, match="it is finished"):
-        await anext(generate(FakeSequenceServer(lambda _: []), tokenizer, spec))
+        await anext(generate(FakeSequenceServer(lambda _: []), tokenizer, spec, {}))
