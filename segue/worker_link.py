@@ -120,6 +120,8 @@ class WorkerLinkServicer(WorkerServiceServicer):
         record = self._record()
         self._draining = record.draining
         for link in self._links:
+            # Of now: from a load that is older than the draining, the worker could seem to be drained.
+            link.send(pb.LinkResponse(load=self._load()))
             link.send(pb.LinkResponse(worker_changed=pb.WorkerChanged(worker=record)))
 
     async def tell_of_cache(self) -> None:
