@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from deploy.cli.session import AddressOption, connected
@@ -21,8 +20,9 @@ from segue.v1.inference_pb2 import Attempt, RequestPath
 from segue.v1.operator_pb2 import RequestRecord
 
 _PIPED_WIDTH = 120
-_BESIDE_BARS = 34
-_COLOURS = {"queue": "yellow", "reserve": "magenta", "prefill": "blue", "transfer": "cyan", "decode": "green", "failed": "red"}
+_TIME_WIDTH = len("1,000,000.0 ms")
+_SHORTEST_BAR = 10
+_COLOURS = {"queue": "yellow", "reserve": "magenta", "prefill": "blue", "transfer": "cyan", "decode": "green"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +56,29 @@ def explain(
             return
         console = Console(highlight=False)
         width = console.width if console.is_terminal else _PIPED_WIDTH
-        (console if console.is_terminal else Console(highlight=False, width=width)).print(render(record, width))
+        console.print(render(record, width), soft_wrap=not console.is_terminal)
 
 
 def find(client: Client, request_id: str) -> RequestRecord:
-    """From whichever router served it; without an id, the request that came last of all. Raises the asked router's error when
-    none of them has it."""
-    records, failure = list[RequestRecord](), None
-    for address in (client.address, *_other_routers(client)):
+    """From whichever router served it; without an id, the request that came last of all. Raises what `client`'s router says
+    when none of them has it."""
+    records, failures = list[RequestRecord](), list[SegueError]()
+
+    def ask(asked: Client) -> None:
         try:
-            if address == client.address:
-                records.append(client.explain(request_id))
-            else:
-                with Client(address) as other:
-                    records.append(other.explain(request_id))
+            records.append(asked.explain(request_id))
         except SegueError as error:
-            failure = failure or error
-            if not isinstance(error, RequestError) and address == client.address:
-                raise
+            if not (isinstance(error, RequestError) or failures):
+                raise  # not even the first router can be asked
+            failures.append(error)
+
+    ask(client)
+    if not (request_id and records):
+        for address in _other_routers(client):
+            with Client(address) as other:
+                ask(other)
     if not records:
-        assert failure is not None
-        raise failure
+        raise failures[0]
     return max(records, key=lambda record: record.arrived_unix_s)
 
 
@@ -97,7 +99,8 @@ def render(record: RequestRecord, width: int) -> RenderableType:
     total_s = max((span.end_s for of_path in spans for span in of_path), default=0.0) or 1e-9
     for number, (path, of_path) in enumerate(zip(record.paths, spans, strict=True)):
         heading = f"choice {number}: " if len(record.paths) > 1 else ""
-        parts += [Text(heading + describe(path)), waterfall(of_path, total_s, max(width - _BESIDE_BARS, 20))]
+        parts += [Text(heading + describe(path)), *waterfall(of_path, total_s, width)]
+        parts += [Text(failure, style="red") for failure in failures_of(path)]
     return Group(*parts)
 
 
@@ -109,11 +112,13 @@ def describe(path: RequestPath) -> str:
 
 
 def spans_of(path: RequestPath) -> Iterator[Span]:
+    """What has not come to pass has none."""
     for number, attempt in enumerate(path.timeline, start=1):
         begin_s = path.start_s + attempt.start_s
         prefix = f"{number}. " if len(path.timeline) > 1 else ""
         for span in _attempt_spans(attempt, begin_s):
-            yield Span(prefix + span.name, span.start_s, span.end_s, span.split_s, span.note)
+            if span.end_s > span.start_s:
+                yield Span(prefix + span.name, span.start_s, span.end_s, span.split_s, span.note)
 
 
 def _attempt_spans(attempt: Attempt, begin_s: float) -> Iterator[Span]:
@@ -125,22 +130,24 @@ def _attempt_spans(attempt: Attempt, begin_s: float) -> Iterator[Span]:
     yield Span("prefill", sent_s, first_s, sent_s + attempt.prefill_queue_s, attempt.prefill_worker)
     yield Span("transfer", first_s - attempt.transfer_hidden_s, held_s, first_s)
     yield Span("decode", held_s, held_s + attempt.decode_s, held_s, attempt.decode_worker)
-    if attempt.error_code:
-        end_s = held_s + attempt.decode_s
-        yield Span("failed", end_s, end_s, end_s, f"{attempt.error_code}: {attempt.error}")
 
 
-def waterfall(spans: list[Span], total_s: float, width: int) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(overflow="fold")
+def failures_of(path: RequestPath) -> Iterator[str]:
+    for number, attempt in enumerate(path.timeline, start=1):
+        if attempt.error_code:
+            yield f"attempt {number} failed: {attempt.error_code}: {attempt.error}"
+
+
+def waterfall(spans: Sequence[Span], total_s: float, width: int) -> Iterator[Text]:
+    """A line of `width` columns for each span."""
+    names = max((len(span.name) for span in spans), default=0)
+    notes = max((len(span.note) for span in spans), default=0)
+    bars = max(width - names - notes - _TIME_WIDTH - 3, _SHORTEST_BAR)
     for span in spans:
+        took = f"{1000 * (span.end_s - span.start_s):,.1f} ms".rjust(_TIME_WIDTH)
+        bar = bar_of(span, total_s, bars).ljust(bars)
         colour = _COLOURS[span.name.rpartition(" ")[2]]
-        bar = Text(bar_of(span, total_s, width), style=colour)
-        table.add_row(span.name, bar, f"{1000 * (span.end_s - span.start_s):,.1f} ms", Text(span.note, style="dim"))
-    return table
+        yield Text.assemble(span.name.ljust(names), " ", (bar, colour), " ", took, " ", (span.note, "dim"))
 
 
 def bar_of(span: Span, total_s: float, width: int) -> str:
