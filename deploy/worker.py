@@ -20,6 +20,7 @@ import grpc.aio
 from decode_worker.service import DecodeService
 from deploy.duty import Duty
 from deploy.ranks import Meeting, remote_ranks, run_rank
+from deploy.worker_health import health_served
 from deploy.worker_parts import kv_ends, load_engine
 from engine.engine import Engine
 from kv_transfer.handover import Receiver, Sender
@@ -30,6 +31,7 @@ from kv_transfer.tensors import Memory
 from prefill_worker.service import PrefillService
 from segue.cache_feed import CacheFeed
 from segue.config import WorkerSettings
+from segue.errors import ConfigError
 from segue.membership import Membership, held_lease
 from segue.runtime import Wakeups, background, run_process, say_serving, stop_event
 from segue.v1 import worker_pb2
@@ -38,9 +40,6 @@ from segue.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 from segue.worker_link import LINK_OPTIONS, Leg, WorkerLinkServicer
 
 logger = logging.getLogger(__name__)
-
-# How long a worker that was told to stop waits for the sequences it has.
-DRAIN_TIMEOUT_S = 60.0
 
 
 async def run_worker(settings: WorkerSettings) -> bool:
@@ -53,12 +52,12 @@ async def run_worker(settings: WorkerSettings) -> bool:
     stop = stop_event()
     async with serving_worker(settings) as worker:
         say_serving(grpc=worker.address)
-        async with background(_drain_when_told(worker.duty, stop)):
+        async with background(_drain_when_told(worker.duty, stop, settings.drain_s)):
             return await worker.duty.departure == worker_pb2.DEPARTURE_RESTART
 
 
-async def _drain_when_told(duty: Duty, stop: asyncio.Event) -> None:
-    for grace_s in (DRAIN_TIMEOUT_S, 0.0):
+async def _drain_when_told(duty: Duty, stop: asyncio.Event, drain_s: float) -> None:
+    for grace_s in (drain_s, 0.0):
         await stop.wait()
         stop.clear()
         duty.drain(grace_s, worker_pb2.DEPARTURE_LEAVE)
@@ -82,6 +81,9 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         await stack.enter_async_context(worker.legs())
         await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
+        if settings.health_port is not None:
+            health = health_served(bracketed(settings.host), settings.health_port, engine, lambda: worker.duty.draining)
+            await stack.enter_async_context(health)
         yield worker
 
 
@@ -132,7 +134,7 @@ class Worker:
 
     @asynccontextmanager
     async def server(self) -> AsyncIterator[None]:
-        """Serves links on a port that the system picks."""
+        """Serves links. Raises ConfigError when the port is taken."""
         cache = CacheFeed(lambda: self.engine.pool.published)
         self.engine.pool.listener = cache
         duty = self.duty = Duty(self.settings, self.active_legs)
@@ -140,8 +142,12 @@ class Worker:
         duty.on_change = servicer.tell_changed
         server = grpc.aio.server(options=LINK_OPTIONS)
         add_WorkerServiceServicer_to_server(servicer, server)
-        port = server.add_insecure_port(f"{self.settings.host}:0")
-        self.address = f"{self.settings.host}:{port}"
+        host = bracketed(self.settings.host)
+        try:
+            port = server.add_insecure_port(f"{host}:{self.settings.grpc_port}")
+        except RuntimeError as error:
+            raise ConfigError(f"grpc_port: cannot listen on {host}:{self.settings.grpc_port}: {error}") from None
+        self.address = f"{host}:{port}"
         await server.start()
         try:
             async with background(servicer.tell_of_cache()):
@@ -190,6 +196,11 @@ class Worker:
         for leg in self.active_legs:
             leg.add_load(load)
         return load
+
+
+def bracketed(host: str) -> str:
+    """As it stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 async def main() -> None:

@@ -13,6 +13,7 @@ from deploy.cli.drain import drain
 from deploy.cli.explain import explain
 from deploy.cli.generate import generate
 from deploy.cli.models import app as models_app
+from deploy.cli.process import router, worker
 from deploy.cli.restart import restart
 from deploy.cli.role import role
 from deploy.cli.status import status
@@ -51,4 +52,6 @@ app.command()(drain)
 app.command()(restart)
 app.command()(role)
 app.command()(doctor)
+app.command()(router)
+app.command()(worker)
 app.add_typer(models_app, name="models")

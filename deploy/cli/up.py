@@ -32,6 +32,7 @@ def up(
     prefill_tp: Annotated[int | None, _flag("prefill_tp", shape="N")] = None,
     decode_tp: Annotated[int | None, _flag("decode_tp", shape="N")] = None,
     redis: Annotated[str | None, _flag("redis", shape="URL")] = None,
+    cluster_id: Annotated[str | None, _flag("cluster_id", shape="NAME")] = None,
     ray_address: Annotated[str | None, _flag("ray_address", shape="HOST:PORT")] = None,
     host: Annotated[str | None, _flag("host", shape="ADDRESS")] = None,
     routers: Annotated[int | None, _flag("routers", shape="N")] = None,

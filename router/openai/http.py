@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from router.caller import ANONYMOUS
 from router.merge import merge
 from router.metrics import RequestMeter
+from router.openai.description import describe
 from router.openai.errors import RECORD, REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request
 from router.openai.event_ids import LAST_EVENT_ID, EventIds, ResumePoint
 from router.openai.fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, parse_body
@@ -59,6 +60,7 @@ def build_application(service: Service) -> web.Application:
             web.get("/health", handlers.health),
             web.get("/ready", handlers.ready),
             web.get("/metrics", handlers.metrics),
+            web.get("/openapi.json", handlers.describe),
         ]
     )
     return application
@@ -173,6 +175,9 @@ class _Handlers:
         report = await self._service.readiness.check()
         body = {"ready": report.ready, "reason": report.reason, "missing_roles": list(report.missing_roles)}
         return _json(body, status=200 if report.ready else Unavailable.http_status)
+
+    async def describe(self, request: web.Request) -> web.Response:
+        return _json(describe())
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})

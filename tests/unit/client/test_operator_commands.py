@@ -136,8 +136,7 @@ def test_the_waterfall() -> None:
     assert list(rows) == ["1. queue", "1. prefill"] + [f"2. {name}" for name in ("reserve", "prefill", "transfer", "decode")]
     assert lines[-1] == "attempt 1 failed: worker_lost: it died"
     # Four seconds on forty columns.
-    assert rows["2. prefill"].count("█") == 8
-    assert rows["2. prefill"].count("░") == 2
+    assert (rows["2. prefill"].count("░"), rows["2. prefill"].count("█")) == (3, 7)
     assert (rows["2. transfer"].count("░"), rows["2. transfer"].count("█")) == (5, 5)
     assert rows["2. decode"].count("█") == 20
 
