@@ -20,6 +20,7 @@ import grpc.aio
 
 from deploy.child import Child, FirstWord
 from segue.cache_feed import CacheFeed
+from segue.errors import SegueError
 from segue.membership import Membership, held_lease
 from segue.runtime import background, run_process, say_serving, stop_event
 from segue.v1 import worker_pb2 as pb
@@ -101,6 +102,9 @@ class FakePrefill:
     async def wait_empty(self) -> None:
         return
 
+    def give_up(self, error: SegueError) -> None:
+        return
+
 
 class FakeDecode:
     """Knows nothing of prefill: a sequence starts as soon as its ticket is out, and the router holds its tokens back until the
@@ -170,6 +174,9 @@ class FakeDecode:
     async def wait_empty(self) -> None:
         return
 
+    def give_up(self, error: SegueError) -> None:
+        return
+
 
 @asynccontextmanager
 async def fake_workers(plan: FakePlan, log: Path) -> AsyncIterator[Child]:
@@ -207,7 +214,9 @@ async def _serving(plan: FakePlan, membership: Membership, worker_id: str, role:
         return said
 
     server = grpc.aio.server(options=LINK_OPTIONS)
-    add_WorkerServiceServicer_to_server(WorkerLinkServicer([leg], lambda: record, load, CacheFeed(list)), server)
+    add_WorkerServiceServicer_to_server(
+        WorkerLinkServicer([leg], lambda: record, load, CacheFeed(list), lambda _: None), server
+    )
     record.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:

@@ -94,6 +94,9 @@ class DecodeService:
     async def wait_empty(self) -> None:
         await self._jobs.wait_empty()
 
+    def give_up(self, error: SegueError) -> None:
+        self._jobs.give_up(error)
+
     # A job's life
 
     def _start(self, link: RouterLink, message: pb.ReserveDecode) -> None:

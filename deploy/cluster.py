@@ -134,8 +134,7 @@ class Cluster:
 
     async def _watch_replicas(self, note: Note) -> None:
         while True:
-            worker_id, error = await self.driver_events.next_ended()
-            note(f"{worker_id} drained and left" if error is None else f"{error.message.splitlines()[0]}; starting it again")
+            note((await self.driver_events.next_ended()).note())
 
     async def _watch_driver(self) -> None:
         await asyncio.shield(self.driver.exited)

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import NoReturn
 
 from deploy.child import FirstWord, parse_event
 from segue.errors import SegueError, error_from_code
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaEnded:
+    worker_id: str
+    # None for one that drained.
+    error: SegueError | None
+    # It is started anew.
+    again: bool
+
+    def note(self) -> str:
+        """In one line."""
+        if self.error is not None:
+            return f"{self.error.message.splitlines()[0]}; starting it again"
+        return f"{self.worker_id} drained and {'is started anew' if self.again else 'left'}"
 
 
 class DriverEvents:
@@ -14,22 +30,20 @@ class DriverEvents:
 
     def __init__(self) -> None:
         self.first_word = FirstWord()
-        # Worker id, and the error it ended with; None for one that drained.
-        self._ended: asyncio.Queue[tuple[str, SegueError | None]] = asyncio.Queue()
+        self._ended: asyncio.Queue[ReplicaEnded] = asyncio.Queue()
 
     def on_line(self, line: str) -> None:
         self.first_word.on_line(line)
         if (event := parse_event(line)) is not None and event["event"] == "replica_ended":
             worker_id = str(event["worker_id"])
             error = None if event["drained"] else error_from_code(event["code"], f"{worker_id}: {event['error']}")
-            self._ended.put_nowait((worker_id, error))
+            self._ended.put_nowait(ReplicaEnded(worker_id, error, bool(event["again"])))
 
-    async def next_ended(self) -> tuple[str, SegueError | None]:
-        """The next replica whose run ended, and why; None if it drained."""
+    async def next_ended(self) -> ReplicaEnded:
+        """The next replica whose run ended."""
         return await self._ended.get()
 
     async def raise_failures(self) -> NoReturn:
         """For the time of the start, when a replica that ends cannot be gone without."""
-        while True:
-            worker_id, error = await self.next_ended()
-            raise error or error_from_code("unavailable", f"{worker_id} was told to leave while the cluster started")
+        ended = await self.next_ended()
+        raise ended.error or error_from_code("unavailable", f"{ended.worker_id} was told to leave while the cluster started")

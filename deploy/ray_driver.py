@@ -83,15 +83,17 @@ class Supervisor:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _supervise(self, worker: WorkerSettings) -> None:
-        """Until the replica drained."""
+        """Until the replica left for good."""
         worker = worker.model_copy(update={"threads": worker.threads or self._fair_threads()})
         pause_s = _FIRST_PAUSE_S
         while True:
             started_s = time.monotonic()
             outcome = await (self._run_alone(worker) if worker.num_ranks == 1 else self._run_ranks(worker))
             say("replica_ended", worker_id=worker.worker_id, **outcome)
-            if outcome["drained"]:
+            if not outcome["again"]:
                 return
+            if outcome["drained"]:
+                continue
             if time.monotonic() - started_s > _LONGEST_PAUSE_S:
                 pause_s = _FIRST_PAUSE_S
             await asyncio.sleep(pause_s)
@@ -124,7 +126,9 @@ class Supervisor:
                 actors.append(self._start(settings, max_restarts=0, max_task_retries=0, scheduling_strategy=strategy))
             runs += [asyncio.create_task(self._outcome(actor.run.remote(self._plan.entry))) for actor in actors]
             done, _ = await asyncio.wait(runs, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
+            outcome = done.pop().result()
+            # The others end with rank 0, which alone knows what comes next.
+            return await runs[0] if outcome["drained"] else outcome
         finally:
             for run in runs:
                 run.cancel()
@@ -136,7 +140,7 @@ class Supervisor:
         try:
             outcome: Outcome = await run
         except self._ray.exceptions.RayError as error:  # a defect in the worker, or its process is gone
-            return Outcome(drained=False, code="internal", error=str(error))
+            return Outcome(drained=False, again=True, code="internal", error=str(error))
         return outcome
 
     def _fair_threads(self) -> int:

@@ -29,6 +29,8 @@ class Outcome(TypedDict):
     """How a run ended; plain data, so that nothing of it can fail to unpickle."""
 
     drained: bool
+    # Drained to be started anew.
+    again: bool
     code: str
     error: str
 
@@ -57,22 +59,22 @@ class Replica:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT, force=True)
 
     def run(self, entry: str) -> Outcome:
-        """Serves through `entry` ("module:coroutine function") until told to stop."""
+        """Serves through `entry` ("module:coroutine function", which says whether to start it anew) until told to stop."""
         import uvloop
 
         sys.stderr.write(f"{START_MARK} {self._settings.worker_id}, pid {os.getpid()}, {time.strftime('%FT%T%z')}\n")
         try:
-            uvloop.run(_serve(entry, self._settings))
+            again = uvloop.run(_serve(entry, self._settings))
         except SegueError as error:
             logging.getLogger(__name__).error("%s", error.message)
-            return Outcome(drained=False, code=error.code, error=error.message)
-        return Outcome(drained=True, code="", error="")
+            return Outcome(drained=False, again=True, code=error.code, error=error.message)
+        return Outcome(drained=True, again=again, code="", error="")
 
 
-async def _serve(entry: str, settings: WorkerSettings) -> None:
+async def _serve(entry: str, settings: WorkerSettings) -> bool:
     module, _, function = entry.partition(":")
-    serve: Callable[[WorkerSettings], Awaitable[None]] = getattr(importlib.import_module(module), function)
-    await serve(settings)
+    serve: Callable[[WorkerSettings], Awaitable[bool]] = getattr(importlib.import_module(module), function)
+    return await serve(settings)
 
 
 def _node_address() -> str:

@@ -31,6 +31,10 @@ class WorkerWatch:
                 lines.append(f"{worker_id} is back, {_process(new)}")  # its lease had lapsed, it had not died
             elif new.draining and not old.draining:
                 lines.append(f"{worker_id} is draining")
+            elif old.draining and not new.draining:
+                lines.append(f"{worker_id} takes requests again")
+            elif old.roles != new.roles:
+                lines.append(f"{worker_id} is a {' and '.join(new.roles)} worker now")
         self._present = after
         self._last_seen |= after
         return lines

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from decode_worker.service import DecodeService
+from deploy.duty import Duty
 from deploy.ranks import Meeting, remote_ranks, run_rank
 from deploy.worker_health import health_served
 from deploy.worker_parts import kv_ends, load_engine
@@ -43,18 +44,25 @@ from segue.worker_link import LINK_OPTIONS, Leg, WorkerLinkServicer
 logger = logging.getLogger(__name__)
 
 
-async def run_worker(settings: WorkerSettings) -> None:
-    """Serves until SIGTERM or SIGINT, drains (until done, or a second signal), then returns. Raises ModelFileError,
-    ConfigError or StoreUnavailable when it cannot start, and WorkerLost when one of its ranks is gone."""
+async def run_worker(settings: WorkerSettings) -> bool:
+    """Serves until SIGTERM or SIGINT (a second one: drain no longer), or until an operator has it leave; drains, then returns
+    whether it shall be started anew. Raises ModelFileError, ConfigError or StoreUnavailable when it cannot start, and
+    WorkerLost when one of its ranks is gone."""
     if settings.rank:
         await run_rank(settings)
-        return
+        return False
     stop = stop_event()
     async with serving_worker(settings) as worker:
         say_serving(grpc=worker.address)
+        async with background(_drain_when_told(worker.duty, stop, settings.drain_s)):
+            return await worker.duty.departure == worker_pb2.DEPARTURE_RESTART
+
+
+async def _drain_when_told(duty: Duty, stop: asyncio.Event, drain_s: float) -> None:
+    for grace_s in (drain_s, 0.0):
         await stop.wait()
         stop.clear()
-        await worker.drain(cut_short=stop)
+        duty.drain(grace_s, worker_pb2.DEPARTURE_LEAVE)
 
 
 @asynccontextmanager
@@ -76,7 +84,7 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
         if settings.health_port is not None:
-            health = health_served(bracketed(settings.host), settings.health_port, engine, lambda: worker.draining)
+            health = health_served(bracketed(settings.host), settings.health_port, engine, lambda: worker.duty.draining)
             await stack.enter_async_context(health)
         await _tell_of_other_secrets(membership, worker.record())
         yield worker
@@ -91,11 +99,11 @@ class Worker:
     ranks: list[RemoteRank]
     epoch: int
     address: str = ""
-    draining: bool = False
     active_legs: list[Leg] = field(default_factory=list)
     # This process's own; further ranks have theirs.
     kv_ends: list[KVReceiver | KVSender] = field(default_factory=list)
-    servicer: WorkerLinkServicer | None = None
+    # Set while `server` runs.
+    duty: Duty = field(init=False)
 
     @asynccontextmanager
     async def legs(self) -> AsyncIterator[None]:
@@ -132,9 +140,11 @@ class Worker:
         """Serves links. Raises ConfigError when the port is taken."""
         cache = CacheFeed(lambda: self.engine.pool.published)
         self.engine.pool.listener = cache
-        self.servicer = WorkerLinkServicer(self.active_legs, self.record, self.load, cache)
+        duty = self.duty = Duty(self.settings, self.active_legs)
+        servicer = WorkerLinkServicer(self.active_legs, self.record, self.load, cache, duty.handle)
+        duty.on_change = servicer.tell_changed
         server = grpc.aio.server(options=LINK_OPTIONS)
-        add_WorkerServiceServicer_to_server(self.servicer, server)
+        add_WorkerServiceServicer_to_server(servicer, server)
         host, secret = bracketed(self.settings.host), self.settings.secret
         address = f"{host}:{self.settings.grpc_port}"
         try:
@@ -147,35 +157,20 @@ class Worker:
         self.address = f"{host}:{port}"
         await server.start()
         try:
-            async with background(self.servicer.tell_of_cache()):
+            async with background(servicer.tell_of_cache()):
                 yield
         finally:
+            self.duty.close()
             await server.stop(grace=0.5)
-
-    async def drain(self, cut_short: asyncio.Event) -> None:
-        """Takes nothing new, tells every router so, and waits for what runs, `drain_s` at most."""
-        self.draining = True
-        logger.info("draining: %d sequences to finish", sum(leg.num_sequences for leg in self.active_legs))
-        if self.servicer is not None:
-            self.servicer.start_draining()
-        finished = asyncio.create_task(self._wait_empty())
-        told_again = asyncio.create_task(cut_short.wait())
-        await asyncio.wait({finished, told_again}, timeout=self.settings.drain_s, return_when=asyncio.FIRST_COMPLETED)
-        if not finished.done():
-            logger.warning("leaving with sequences unfinished")
-        finished.cancel()
-        told_again.cancel()
-
-    async def _wait_empty(self) -> None:
-        for leg in self.active_legs:
-            await leg.wait_empty()
 
     def record(self) -> worker_pb2.WorkerRecord:
         settings, engine = self.settings, self.engine
         return worker_pb2.WorkerRecord(
             worker_id=settings.worker_id,
             epoch=self.epoch,
-            roles=settings.roles,
+            roles=self.duty.roles,
+            possible_roles=settings.possible_roles,
+            roles_until_unix_s=self.duty.roles_until_unix_s,
             address=self.address,
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -185,7 +180,7 @@ class Worker:
             vocab_size=engine.config.vocab_size,
             block_size=engine.layout.block_size,
             total_blocks=engine.pool.num_total,
-            draining=self.draining,
+            draining=self.duty.draining,
             num_ranks=engine.layout.num_ranks,
             number_formats=settings.number_formats,
             secret_fingerprint=settings.secret.fingerprint if settings.secret is not None else "",
@@ -224,6 +219,7 @@ async def _tell_of_other_secrets(membership: Membership, own: worker_pb2.WorkerR
 
 
 async def main() -> None:
+    # Whatever keeps this process starts it anew, or does not.
     await run_worker(WorkerSettings.load())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
@@ -28,6 +29,9 @@ class PrefillJob:
     # Tensor-parallel ranks of the decode worker.
     num_decode_ranks: int
     cached_tokens: int = 0
+    # On the monotonic clock: when it came, and when it was first computed.
+    arrived_s: float = field(default_factory=time.monotonic)
+    computed_s: float | None = None
     # Fetched from the decode worker.
     pulled_tokens: int = 0
     num_published_blocks: int = 0
@@ -48,6 +52,17 @@ class PrefillJob:
         """A defect in one of the job's tasks ends the job, which would wait for it forever."""
         if not task.cancelled() and (error := task.exception()) is not None:
             self.fail(InternalError(f"{task.get_name()} failed: {error!r}"))
+
+    @property
+    def queue_s(self) -> float:
+        """How long it waited before any of it was computed, so far."""
+        return (self.computed_s or time.monotonic()) - self.arrived_s
+
+    @property
+    def sending_s(self) -> float:
+        """Since the first of its KV went out; 0 when none did."""
+        first_s = self.outgoing.first_sent_s
+        return 0.0 if first_s is None else time.monotonic() - first_s
 
     def fail(self, error: SegueError) -> None:
         """Ends the job with `error` wherever it waits now."""

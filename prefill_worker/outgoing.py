@@ -6,6 +6,7 @@ ahead of its ticket, and a layer travels while the next one is computed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -31,6 +32,8 @@ class OutgoingKV:
         # Per layer: tokens from the prompt's start; the sink's blocks that it was given.
         self._computed = [0] * num_layers
         self._sent = [0] * num_layers
+        # When the first block went out, on the monotonic clock.
+        self.first_sent_s: float | None = None
 
     def begin(self, block_ids: Sequence[int], num_tokens: int) -> None:
         """The prompt lies in `block_ids`; the KV of its first `num_tokens` tokens is there in every layer."""
@@ -58,5 +61,6 @@ class OutgoingKV:
         whole_prompt = num_tokens >= self._num_initial_tokens
         end = -(-num_tokens // self._sink.block_size) if whole_prompt else num_tokens // self._sink.block_size
         if start < end:
+            self.first_sent_s = self.first_sent_s or time.monotonic()
             self._sink.send(layer, self._source_blocks, range(start, end))
             self._sent[layer] = end

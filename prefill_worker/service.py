@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
@@ -102,6 +103,9 @@ class PrefillService:
     async def wait_empty(self) -> None:
         await self._jobs.wait_empty()
 
+    def give_up(self, error: SegueError) -> None:
+        self._jobs.give_up(error)
+
     # A job's life
 
     def _start(self, link: RouterLink, message: pb.StartPrefill) -> None:
@@ -140,6 +144,8 @@ class PrefillService:
                         finish_reason=finish_reason_to_pb(finish_reason),
                         cached_tokens=job.cached_tokens,
                         pulled_tokens=job.pulled_tokens,
+                        queue_s=job.queue_s,
+                        sending_s=job.sending_s,
                     )
                 )
             )
@@ -287,6 +293,7 @@ class PrefillService:
 
         for job in jobs:
             job.idle.clear()
+            job.computed_s = job.computed_s or time.monotonic()
         try:
             return await self._engine.run(chunks, on_layer)
         except RuntimeError as error:  # what torch raises

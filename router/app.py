@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from router.admission import Admission
 from router.coordinator import Coordinator
 from router.front import Front
+from router.operations import Operations
 from router.placement import Placement
 from router.text import Tokenizer
 from router.workers import Workers
@@ -68,7 +69,7 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
                 max_attempts=settings.max_attempts,
                 timeout_s=settings.request_timeout_s,
             )
-            async with Front(settings, tokenizer, model_config, coordinator) as front:
+            async with Front(settings, tokenizer, model_config, coordinator, Operations(workers)) as front:
                 record = worker_pb2.RouterRecord(
                     router_id=router_id,
                     grpc_address=front.grpc_address,

@@ -57,6 +57,7 @@ class Attempt:
         self._path.decode_worker = self._decode.record.worker_id if self._hands_over else ""
         self._path.transport = "none"
         self._path.placement = self._placed.reason
+        self._path.prefill_queue_s = self._path.transfer_hidden_s = 0.0
         self._path.lifecycle.enter(Phase.RESERVED)
         if not self._hands_over:
             self._placed.reserved()
@@ -124,6 +125,7 @@ class Attempt:
         self._placed.end_prefill()
         self._path.prefill_cached_tokens = first.cached_tokens
         self._path.prefill_pulled_tokens = first.pulled_tokens
+        self._path.prefill_queue_s, self._path.transfer_hidden_s = first.queue_s, first.sending_s
         self._path.lifecycle.enter(Phase.TRANSFERRING)
         self._first_token_s = asyncio.get_running_loop().time()
         self._enter_decoding()

@@ -91,7 +91,8 @@ class Coordinator:
                     except SegueError as error:
                         self._fail_over(error, serving)
                 self._placement.learn_length(len(serving.token_ids) - len(request.prompt_token_ids))
-        except SegueError:
+        except SegueError as error:
+            path.error = error
             path.lifecycle.enter(Phase.FAILED)
             raise
         finally:

@@ -10,6 +10,7 @@ from segue.errors import SegueError
 from segue.lifecycle import Phase
 from segue.sampling import FinishReason, GeneratedToken
 from segue.v1 import inference_pb2 as pb
+from segue.v1.worker_pb2 import Departure
 
 # A step is given out, an error is raised, an event is waited for.
 ScriptItem = TokenStep | SegueError | asyncio.Event
@@ -94,6 +95,25 @@ class FakeSequenceServer:
     @property
     def max_sequence_tokens(self) -> int | None:
         return self.max_tokens
+
+
+class FakeOperator:
+    """Implements router.operations.Operator: remembers what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+
+    async def drain(self, worker_id: str, grace_s: float, departure: Departure.ValueType, *, force: bool) -> pb.WorkerStatus:
+        self.asked.append(("drain", worker_id, grace_s, departure, force))
+        return pb.WorkerStatus(worker_id=worker_id, state="draining")
+
+    async def take_back(self, worker_id: str) -> pb.WorkerStatus:
+        self.asked.append(("take_back", worker_id))
+        return pb.WorkerStatus(worker_id=worker_id, state="ready")
+
+    async def set_role(self, worker_id: str, role: str, lease_s: float, *, force: bool) -> pb.WorkerStatus:
+        self.asked.append(("set_role", worker_id, role, lease_s, force))
+        return pb.WorkerStatus(worker_id=worker_id, roles=[role], state="ready")
 
 
 def _advance(path: SequencePath) -> None:

@@ -17,13 +17,17 @@ from typing import Self
 import grpc.aio
 
 from router.access import Access
-from router.grpc_api import add_services, server_options
+from router.grpc_api import add_reflection, add_services, server_options
 from router.grpc_authentication import Authentication
 from router.http_server import HttpServer
 from router.metrics import Metrics
 from router.openai.http import build_application
+from router.operations import Operator
+from router.operator_api import SERVICE_NAME as OPERATOR_SERVICE_NAME
+from router.operator_api import add_operator_service
 from router.options import ModelLimits
 from router.readiness import Readiness
+from router.records import Records
 from router.sequence import SequenceServer
 from router.service import Service
 from router.text import Tokenizer
@@ -43,6 +47,7 @@ class Front:
         tokenizer: Tokenizer,
         model_config: ModelConfig,
         server: SequenceServer,
+        operator: Operator,
     ) -> None:
         """Raises ModelFileError when the tokenizer makes tokens that the model does not have, ConfigError for files of keys or
         certificates that are no good."""
@@ -55,9 +60,11 @@ class Front:
         self.server = server
         self._access = Access(settings.api_keys_file, settings.secret)
         self._tls = _tls(settings)
+        self._operator = operator
         self._exits = AsyncExitStack()
         self._http_port = self._grpc_port = 0
         self.metrics = Metrics(server)
+        self.records = Records()
         self.readiness = Readiness(
             server, model_config.bos_token_id or 0, lambda: self.metrics.last_decoded_s, self.metrics.clock
         )
@@ -68,6 +75,7 @@ class Front:
             server=server,
             metrics=self.metrics,
             readiness=self.readiness,
+            records=self.records,
             created_unix_s=int(time.time()),
             max_body=settings.max_body,
             stall_limit_s=settings.request_timeout_s,
@@ -117,6 +125,8 @@ class Front:
         options = server_options(settings.max_body, settings.max_connections, shares_port=settings.shares_ports)
         server = grpc.aio.server(interceptors=[Authentication(self._access)], options=options)
         add_services(server, self._service)
+        add_operator_service(server, self.records, self._operator)
+        add_reflection(server, OPERATOR_SERVICE_NAME)
         host, port = settings.host, settings.grpc_port
         try:
             # gRPC itself does not tell why it cannot listen.

@@ -20,6 +20,7 @@ from router.sequence import SequencePath, SequenceServer, TokenStep
 from router.text import StopStrings, Tokenizer
 from segue.errors import InternalError, InvalidRequest
 from segue.sampling import FinishReason, GeneratedToken
+from segue.v1 import inference_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,9 @@ class GenerationDone:
     num_output_tokens: int
     paths: tuple[SequencePath, ...]
 
+    def paths_to_pb(self) -> list[pb.RequestPath]:
+        return [path.to_pb(self.paths[0].begun_s) for path in self.paths]
+
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens that prefill did not compute for choice 0; the other choices reuse its prompt anyway."""
@@ -51,12 +55,14 @@ class GenerationDone:
 GenerationEvent = ChoiceOutput | GenerationDone
 
 
-async def generate(server: SequenceServer, tokenizer: Tokenizer, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
-    """Outputs of all choices as they come, then one GenerationDone.
+async def generate(
+    server: SequenceServer, tokenizer: Tokenizer, spec: GenerationSpec, paths: dict[str, SequencePath]
+) -> AsyncGenerator[GenerationEvent, None]:
+    """Outputs of all choices as they come, then one GenerationDone. Each choice that begins leaves its path in `paths`, by
+    the id of its sequence.
 
     Raises the SegueError of the first choice that fails, after closing the others. Closing or cancelling this closes all.
     """
-    paths: dict[int, SequencePath] = {}
     first_token = asyncio.Event()
     choices = [_serve_choice(server, tokenizer, spec, choice, paths, first_token) for choice in range(spec.num_choices)]
     num_output_tokens = sum(len(seen.token_ids) if not seen.is_finished else seen.num_tokens for seen in spec.seen)
@@ -64,7 +70,7 @@ async def generate(server: SequenceServer, tokenizer: Tokenizer, spec: Generatio
         async for output in outputs:
             num_output_tokens += len(output.tokens)
             yield output
-    in_order = tuple(path for _, path in sorted(paths.items()))
+    in_order = tuple(paths[spec.sequence_id(choice)] for choice in range(spec.num_choices))
     yield GenerationDone(len(spec.prompt_token_ids), num_output_tokens, in_order)
 
 
@@ -73,12 +79,12 @@ async def _serve_choice(
     tokenizer: Tokenizer,
     spec: GenerationSpec,
     choice: int,
-    paths: dict[int, SequencePath],
+    paths: dict[str, SequencePath],
     first_token: asyncio.Event,
 ) -> AsyncGenerator[ChoiceOutput, None]:
     if choice > 0:
         await first_token.wait()
-    path = paths[choice] = SequencePath()
+    path = paths[spec.sequence_id(choice)] = SequencePath()
     request, seen = spec.sequence_of(choice), spec.seen_of(choice)
     if seen.is_finished:
         first_token.set()

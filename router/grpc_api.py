@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_reflection.v1alpha import reflection
 
 from router.caller import CURRENT_CALLER
+from router.explain import path_text
 from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
 from router.grpc_health import HEALTH_SERVICE_NAME, add_health
 from router.grpc_options import options_from_pb
@@ -38,6 +39,7 @@ _Request = TypeVar("_Request", bound=Message)
 _API = "grpc"
 _MAX_CALLS_PER_CONNECTION = 1024
 _MAX_METADATA_BYTES = 16 * 2**10
+_PATH_KEY = "segue-path"
 
 
 def server_options(max_body: int, max_connections: int, *, shares_port: bool = False) -> list[tuple[str, int]]:
@@ -60,17 +62,21 @@ def server_options(max_body: int, max_connections: int, *, shares_port: bool = F
 
 
 def add_services(server: grpc.aio.Server, service: Service) -> None:
-    """Adds the public API, health and reflection."""
+    """Adds the public API and health."""
     servicer = InferenceServicer(service)
     methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Generate": grpc.unary_stream_rpc_method_handler(servicer.generate),
-        "Tokenize": grpc.unary_unary_rpc_method_handler(_unary(servicer.tokenize)),
-        "ListModels": grpc.unary_unary_rpc_method_handler(_unary(servicer.list_models)),
-        "GetClusterStatus": grpc.unary_unary_rpc_method_handler(_unary(servicer.get_cluster_status)),
+        "Tokenize": grpc.unary_unary_rpc_method_handler(unary(servicer.tokenize)),
+        "ListModels": grpc.unary_unary_rpc_method_handler(unary(servicer.list_models)),
+        "GetClusterStatus": grpc.unary_unary_rpc_method_handler(unary(servicer.get_cluster_status)),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, methods),))
     add_health(server, SERVICE_NAME, service.readiness)
-    reflection.enable_server_reflection((SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+
+def add_reflection(server: grpc.aio.Server, *further_services: str) -> None:
+    names = (SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME, *further_services)
+    reflection.enable_server_reflection(names, server)
 
 
 class InferenceServicer:
@@ -82,15 +88,21 @@ class InferenceServicer:
     async def generate(self, data: bytes, context: _Context) -> None:
         async with _errors_abort(context):
             with self._service.metrics.track(_API) as meter:
-                spec = await self._plan(_parse(pb.GenerateRequest, data), _deadline_s(context))
-                await self._send(context, self._started(spec))
-                async with aclosing(self._service.generate(spec)) as events:
-                    async for event in events:
-                        meter.see(event)
-                        await self._send(context, event_to_pb(event))
+                spec = await self._plan(parse(pb.GenerateRequest, data), _deadline_s(context))
+                with self._service.records.record(spec.request_id, _API, len(spec.prompt_token_ids)) as record:
+                    try:
+                        await self._send(context, self._started(spec))
+                        async with aclosing(self._service.generate(spec, record)) as events:
+                            async for event in events:
+                                meter.see(event)
+                                record.see(event)
+                                await self._send(context, event_to_pb(event))
+                    finally:
+                        if record.first_path is not None:
+                            context.set_trailing_metadata(((_PATH_KEY, path_text(record.first_path)),))
 
     async def tokenize(self, data: bytes) -> bytes:
-        request = _parse(pb.TokenizeRequest, data)
+        request = parse(pb.TokenizeRequest, data)
         self._check_model(request.model)
         kind = request.WhichOneof("input")
         if kind is None:
@@ -99,7 +111,7 @@ class InferenceServicer:
         return pb.TokenizeResponse(token_ids=token_ids, max_context=self._service.limits.max_context).SerializeToString()
 
     async def list_models(self, data: bytes) -> bytes:
-        _parse(pb.ListModelsRequest, data)
+        parse(pb.ListModelsRequest, data)
         limits = self._service.limits
         model = pb.Model(
             id=self._service.model_name,
@@ -110,7 +122,7 @@ class InferenceServicer:
         return pb.ListModelsResponse(models=[model]).SerializeToString()
 
     async def get_cluster_status(self, data: bytes) -> bytes:
-        _parse(pb.GetClusterStatusRequest, data)
+        parse(pb.GetClusterStatusRequest, data)
         return self._service.server.status().SerializeToString()
 
     async def _plan(self, request: pb.GenerateRequest, deadline_s: float | None) -> GenerationSpec:
@@ -181,7 +193,7 @@ def event_to_pb(event: GenerationEvent) -> pb.GenerateResponse:
             completed=pb.Completed(
                 num_prompt_tokens=event.num_prompt_tokens,
                 num_output_tokens=event.num_output_tokens,
-                paths=[path.to_pb() for path in event.paths],
+                paths=event.paths_to_pb(),
             )
         )
     return pb.GenerateResponse(output=_output_to_pb(event))
@@ -196,7 +208,7 @@ def _output_to_pb(output: ChoiceOutput) -> pb.Output:
     )
 
 
-def _parse(message_class: type[_Request], data: bytes) -> _Request:
+def parse(message_class: type[_Request], data: bytes) -> _Request:
     try:
         return message_class.FromString(data)
     except DecodeError as error:
@@ -204,7 +216,7 @@ def _parse(message_class: type[_Request], data: bytes) -> _Request:
         raise InvalidRequest("request", f"is not a valid {name} (text must be UTF-8): {error}") from None
 
 
-def _unary(method: Callable[[bytes], Awaitable[bytes]]) -> Callable[[bytes, _Context], Awaitable[bytes]]:
+def unary(method: Callable[[bytes], Awaitable[bytes]]) -> Callable[[bytes, _Context], Awaitable[bytes]]:
     async def handle(data: bytes, context: _Context) -> bytes:
         async with _errors_abort(context):
             return await method(data)
@@ -229,7 +241,11 @@ async def _errors_abort(context: _Context) -> AsyncIterator[None]:
 
 
 async def abort_with(context: _Context, error: SegueError) -> None:
-    metadata = [("segue-error-code", error.code), ("segue-error-retryable", str(error.retryable).lower())]
+    metadata = [
+        *(context.trailing_metadata() or ()),
+        ("segue-error-code", error.code),
+        ("segue-error-retryable", str(error.retryable).lower()),
+    ]
     if error.field is not None:
         metadata.append(("segue-error-field", error.field))
     if error.retry_after_s is not None:

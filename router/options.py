@@ -88,9 +88,12 @@ class GenerationSpec:
     # On the running loop's clock.
     deadline_s: float | None = None
 
+    def sequence_id(self, choice: int) -> str:
+        return f"{self.request_id}-{choice}"
+
     def sequence_of(self, choice: int) -> SequenceRequest:
         return SequenceRequest(
-            f"{self.request_id}-{choice}",
+            self.sequence_id(choice),
             self.prompt_token_ids,
             self.sampling_of(choice),
             self.seen_of(choice).token_ids,

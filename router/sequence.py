@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.caller import ANONYMOUS, Caller
+from router.timeline import AttemptTiming, attempt_timings
 from segue.errors import SegueError
 from segue.lifecycle import Lifecycle, Phase
 from segue.sampling import FinishReason, GeneratedToken, SamplingParams
@@ -54,13 +55,24 @@ class SequencePath:
     prefill_pulled_tokens: int = 0
     decode_cached_tokens: int = 0
     transferred_bytes: int = 0
+    # Of the time to the first token: how long the prompt waited on the prefill worker, and how long KV travelled already.
+    prefill_queue_s: float = 0.0
+    transfer_hidden_s: float = 0.0
     failed_attempts: list[FailedAttempt] = field(default_factory=list)
+    # What the last attempt failed with, for good.
+    error: SegueError | None = None
 
     @property
     def attempts(self) -> int:
         return len(self.failed_attempts) + 1
 
-    def to_pb(self) -> pb.RequestPath:
+    @property
+    def begun_s(self) -> float:
+        """On the lifecycle's clock."""
+        return self.lifecycle.history[0][1]
+
+    def to_pb(self, request_begun_s: float | None = None) -> pb.RequestPath:
+        """`request_begun_s`: when the first choice began, on the lifecycle's clock, if that is not this one."""
         seconds = self.lifecycle.seconds
         return pb.RequestPath(
             prefill_worker=self.prefill_worker,
@@ -75,7 +87,36 @@ class SequencePath:
             # A stop string ends a sequence from outside: for the workers that is a cancellation.
             total_s=(seconds(Phase.QUEUED, self.lifecycle.phase) if self.lifecycle.is_over else None) or 0.0,
             attempts=self.attempts,
+            placement=self.placement,
+            start_s=0.0 if request_begun_s is None else self.begun_s - request_begun_s,
+            timeline=self._timeline(),
         )
+
+    def _timeline(self) -> list[pb.Attempt]:
+        timings = attempt_timings(self.lifecycle.history, self.lifecycle.clock())
+        *failed, last = timings
+        attempts = [
+            _attempt_to_pb(timing, attempt.prefill_worker, attempt.decode_worker, attempt.error)
+            for timing, attempt in zip(failed, self.failed_attempts, strict=True)
+        ]
+        own = _attempt_to_pb(last, self.prefill_worker, self.decode_worker, self.error)
+        own.prefill_queue_s, own.transfer_hidden_s = self.prefill_queue_s, self.transfer_hidden_s
+        return [*attempts, own]
+
+
+def _attempt_to_pb(timing: AttemptTiming, prefill: str, decode: str, error: SegueError | None) -> pb.Attempt:
+    return pb.Attempt(
+        prefill_worker=prefill,
+        decode_worker=decode,
+        start_s=timing.start_s,
+        queue_s=timing.queue_s,
+        reserve_s=timing.reserve_s,
+        prefill_s=timing.prefill_s,
+        transfer_exposed_s=timing.exposed_s,
+        decode_s=timing.decode_s,
+        error_code=error.code if error is not None else "",
+        error=error.message if error is not None else "",
+    )
 
 
 @dataclass(frozen=True, slots=True)

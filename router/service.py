@@ -13,6 +13,7 @@ from router.generation import GenerationEvent, generate
 from router.metrics import Metrics
 from router.options import GenerationOptions, GenerationSpec, ModelLimits, Seen, build_spec
 from router.readiness import Readiness
+from router.records import Records, RequestRecord
 from router.sequence import SequenceServer
 from router.text import ChatMessage, Tokenizer
 from segue.errors import InvalidRequest, ModelNotFound, RequestCancelled
@@ -32,6 +33,7 @@ class Service:
     server: SequenceServer
     metrics: Metrics
     readiness: Readiness
+    records: Records
     created_unix_s: int
     max_body: int
     # How long a client may leave the stream unread before its request is ended.
@@ -80,8 +82,8 @@ class Service:
             deadline_s=deadline_s,
         )
 
-    def generate(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:
-        return generate(self.server, self.tokenizer, spec)
+    def generate(self, spec: GenerationSpec, record: RequestRecord) -> AsyncGenerator[GenerationEvent, None]:
+        return generate(self.server, self.tokenizer, spec, record.paths)
 
     @asynccontextmanager
     async def client_reads(self) -> AsyncIterator[None]:

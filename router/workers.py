@@ -68,7 +68,8 @@ class WorkerLink:
         self._fleet = fleet
         self.load = inference_pb2.WorkerLoad()
         self.is_open = False
-        self.draining = record.draining
+        # How often the worker has said of itself what it is now.
+        self.num_changes = 0
         # When membership stopped showing the worker, on the monotonic clock.
         self.absent_since_s: float | None = None
         self._num_silent_ticks = 0
@@ -107,14 +108,9 @@ class WorkerLink:
     def name(self) -> str:
         return f"{self.record.worker_id} (epoch {self.record.epoch})"
 
-    def update(self, record: worker_pb2.WorkerRecord) -> None:
-        """The worker's record, of the same epoch, as membership shows it now."""
-        self.draining |= record.draining
-        self._changed()
-
     @property
     def is_available(self) -> bool:
-        return self.is_open and not self.draining and not self._is_stuck
+        return self.is_open and not self.record.draining and not self._is_stuck
 
     @property
     def _is_stuck(self) -> bool:
@@ -152,7 +148,7 @@ class WorkerLink:
                 call = WorkerServiceStub(channel).Link(self._requests())
                 async for message in call:
                     self._deliver(message)
-                    if message.HasField("opened"):
+                    if message.HasField("opened") or message.HasField("worker_changed"):
                         wakeups.notify()
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
@@ -186,15 +182,14 @@ class WorkerLink:
                 if message.opened.worker.epoch != self.record.epoch:
                     raise WorkerLost(f"epoch {message.opened.worker.epoch} answers at its address")
                 self.is_open = True
-                self._changed()
+                self._learn(message.opened.worker)
             case "load":
                 self.load = message.load
                 self._changed()
                 if self._is_stuck:
                     self._lose_all(f"a step of it has not ended for {MAX_STEP_S:g} s")
-            case "draining":
-                self.draining = True
-                self._changed()
+            case "worker_changed":
+                self._learn(message.worker_changed.worker)
             case "cache_events":
                 if self._row is not None:
                     self._fleet.hear_cache(self._row, message.cache_events)
@@ -207,6 +202,12 @@ class WorkerLink:
                 pass  # a newer worker says something that this router does not know
             case kind:
                 self._tell(getattr(message, kind).key, message)
+
+    def _learn(self, record: worker_pb2.WorkerRecord) -> None:
+        """What the worker itself says holds; its record in the membership store may be a moment older."""
+        self.record = record
+        self.num_changes += 1
+        self._changed()
 
     def _tell(
         self, key: worker_pb2.SequenceKey, said: worker_pb2.LinkResponse | worker_pb2.SequenceTokens | SegueError
@@ -241,17 +242,26 @@ class WorkerLink:
 
     def status(self) -> inference_pb2.WorkerStatus:
         record = self.record
-        state = "lost" if not self.is_open else "draining" if self.draining else "ready"
         return inference_pb2.WorkerStatus(
             worker_id=record.worker_id,
             epoch=record.epoch,
             roles=record.roles,
-            state=state,
+            state=self._state,
             address=record.address,
             pid=record.pid,
             host=record.host,
             load=self.load,
+            possible_roles=record.possible_roles,
+            roles_until_unix_s=record.roles_until_unix_s,
         )
+
+    @property
+    def _state(self) -> str:
+        if not self.is_open:
+            return "lost"
+        load = self.load
+        is_idle = not (load.running_requests or load.waiting_requests or load.open_tickets or load.leased_blocks)
+        return "ready" if not self.record.draining else "drained" if is_idle else "draining"
 
 
 class Workers:
@@ -340,7 +350,6 @@ class Workers:
             record = records.get(worker_id)
             if record is not None and record.epoch == link.record.epoch:
                 link.absent_since_s = None
-                link.update(record)
                 continue
             link.absent_since_s = link.absent_since_s or now_s
             if record is not None or not link.is_open or now_s - link.absent_since_s > ABSENCE_GRACE_S:

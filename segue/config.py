@@ -256,6 +256,15 @@ class WorkerSettings(EngineSettings, MemberSettings):
         return (self.decode_quantization if self.only_decodes else None) or self.quantization
 
     @property
+    def possible_roles(self) -> tuple[Role, ...]:
+        """Those whose weights, KV cache and ranks are as this worker has them."""
+
+        def loaded(worker: WorkerSettings) -> tuple[str, int, str, int]:
+            return worker.own_quantization, worker.own_kv.block_size, worker.own_kv.kv_dtype, worker.num_ranks
+
+        return tuple(role for role in get_args(Role) if loaded(self.model_copy(update={"roles": (role,)})) == loaded(self))
+
+    @property
     def num_ranks(self) -> int:
         return self.decode_tp if self.only_decodes else self.prefill_tp
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from segue.errors import InternalError
+from segue.errors import InternalError, SegueError
 from segue.runtime import event_that_is_set
 from segue.v1 import worker_pb2 as pb
 from segue.worker_link import RouterLink, SequenceId, sequence_id
@@ -73,6 +73,13 @@ class JobTable(Generic[JobT]):
     def drop(self, link: RouterLink) -> None:
         for entry in self._entries.values():
             if entry.job.link is link:
+                self.cancel(entry.job.key)
+
+    def give_up(self, error: SegueError) -> None:
+        """Ends every job that is not over with `error`."""
+        for entry in self._entries.values():
+            if not entry.is_releasing:
+                entry.job.link.send_failed(entry.job.key, error)
                 self.cancel(entry.job.key)
 
     async def wait_empty(self) -> None:

@@ -91,9 +91,13 @@ class Leg(Protocol):
     async def wait_empty(self) -> None:
         """Returns when no sequence holds anything here."""
 
+    def give_up(self, error: SegueError) -> None:
+        """Ends every sequence with `error`, a retryable one: their routers continue them elsewhere."""
+
 
 class WorkerLinkServicer(WorkerServiceServicer):
-    """Serves WorkerService.Link for `legs`. `record` and `load` give what the worker says of itself now."""
+    """Serves WorkerService.Link for `legs`. `record` and `load` give what the worker says of itself now; `operate` takes what
+    operators say to it."""
 
     def __init__(
         self,
@@ -101,19 +105,24 @@ class WorkerLinkServicer(WorkerServiceServicer):
         record: Callable[[], pb.WorkerRecord],
         load: Callable[[], WorkerLoad],
         cache: CacheFeed,
+        operate: Callable[[pb.LinkRequest], None],
     ) -> None:
         self._cache = cache
         self._legs = legs
         self._record = record
         self._load = load
+        self._operate = operate
         self._links: set[RouterLink] = set()
-        self._draining = False
+        self._draining = record().draining
 
-    def start_draining(self) -> None:
-        """Takes no new sequences from now on, and tells every router so."""
-        self._draining = True
+    def tell_changed(self) -> None:
+        """Tells every router what the record says now. A draining worker takes no new sequences."""
+        record = self._record()
+        self._draining = record.draining
         for link in self._links:
-            link.send(pb.LinkResponse(draining=pb.WorkerDraining()))
+            # Of now: from a load that is older than the draining, the worker could seem to be drained.
+            link.send(pb.LinkResponse(load=self._load()))
+            link.send(pb.LinkResponse(worker_changed=pb.WorkerChanged(worker=record)))
 
     async def tell_of_cache(self) -> None:
         """Keeps every router informed of the prefix cache. Runs until cancelled."""
@@ -164,6 +173,7 @@ class WorkerLinkServicer(WorkerServiceServicer):
             if self._draining and (key := _new_sequence(message)) is not None:
                 link.send_failed(key, WorkerLost("the worker is draining"))
                 continue
+            self._operate(message)
             for leg in self._legs:
                 leg.handle(link, message)
 

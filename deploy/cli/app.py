@@ -9,10 +9,14 @@ import typer
 
 from deploy.cli.chat import chat
 from deploy.cli.doctor import doctor
+from deploy.cli.drain import drain
+from deploy.cli.explain import explain
 from deploy.cli.generate import generate
 from deploy.cli.keys import app as keys_app
 from deploy.cli.models import app as models_app
 from deploy.cli.process import router, worker
+from deploy.cli.restart import restart
+from deploy.cli.role import role
 from deploy.cli.status import status
 from deploy.cli.up import up
 
@@ -44,6 +48,10 @@ app.command()(up)
 app.command()(generate)
 app.command()(chat)
 app.command()(status)
+app.command()(explain)
+app.command()(drain)
+app.command()(restart)
+app.command()(role)
 app.command()(doctor)
 app.command()(router)
 app.command()(worker)

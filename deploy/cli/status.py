@@ -19,7 +19,7 @@ from segue.client import Client, ClusterStatus, WorkerLoad, WorkerStatus
 from segue.client.channel import DEFAULT_ADDRESS
 from segue.errors import SegueError, Unreachable
 
-_STATE_STYLES = {"ready": "green", "draining": "yellow", "lost": "red"}
+_STATE_STYLES = {"ready": "green", "draining": "yellow", "drained": "yellow", "lost": "red"}
 # Characters.
 _WIDE_BAR, _NARROW_BAR = 12, 8
 _WIDE_TERMINAL = 110

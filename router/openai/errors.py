@@ -10,6 +10,8 @@ from typing import Any
 
 from aiohttp import web
 
+from router.explain import PATH_HEADER, TIMING_HEADER, path_text, timing_text
+from router.records import RequestRecord
 from router.service import new_request_id
 from segue.errors import InternalError, InvalidRequest, RequestTooLarge, SegueError
 
@@ -29,6 +31,9 @@ STREAM_STARTED = web.RequestKey("stream_started", bool)
 
 # One for each HTTP request, unique over all routers; in the x-request-id header and part of its sequences' ids.
 REQUEST_ID = web.RequestKey("request_id", str)
+
+# Of a request that was found fit to be served.
+RECORD = web.RequestKey("record", RequestRecord)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -74,10 +79,14 @@ async def give_request_id(request: web.Request, handler: _Handler) -> web.Stream
     return await handler(request)
 
 
-async def show_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Runs before the headers of any response go out, streams and errors included."""
+async def show_request(request: web.Request, response: web.StreamResponse) -> None:
+    """Runs before the headers of any response go out, streams and errors included. Of several choices the headers tell the
+    first one's path."""
     if REQUEST_ID in request:
         response.headers["x-request-id"] = request[REQUEST_ID]
+    if RECORD in request and (path := request[RECORD].first_path) is not None:
+        response.headers[PATH_HEADER] = path_text(path)
+        response.headers[TIMING_HEADER] = timing_text(path)
 
 
 @web.middleware

@@ -20,13 +20,14 @@ from router.merge import merge
 from router.metrics import RequestMeter
 from router.openai.authentication import authenticate
 from router.openai.description import describe
-from router.openai.errors import REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request_id
+from router.openai.errors import RECORD, REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request
 from router.openai.event_ids import LAST_EVENT_ID, EventIds, ResumePoint
 from router.openai.fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, parse_body
-from router.openai.responses import CHAT, COMPLETION, Answer, Endpoint, to_json
+from router.openai.responses import CHAT, COMPLETION, Answer, Endpoint, Extras, to_json
 from router.openai.schema import ChatRequest, CompletionRequest
 from router.openai.stream import NumberedEvents, stream_answer
 from router.options import MAX_CHOICES, GenerationOptions, GenerationSpec, choice_seed, draw_seed
+from router.records import RequestRecord
 from router.service import Service
 from segue.errors import InvalidRequest, Unavailable
 
@@ -45,14 +46,14 @@ class _Plan:
     seed: int
     specs: list[GenerationSpec]
     stream: bool
-    include_usage: bool
+    extras: Extras
 
 
 def build_application(service: Service, access: Access) -> web.Application:
     handlers = _Handlers(service)
     middlewares = [give_request_id, answer_errors, authenticate(access), read_body_in_time]
     application = web.Application(middlewares=middlewares, client_max_size=service.max_body)
-    application.on_response_prepare.append(show_request_id)
+    application.on_response_prepare.append(show_request)
     application.add_routes(
         [
             web.post("/v1/completions", handlers.complete),
@@ -106,7 +107,7 @@ class _Handlers:
                     deadline_s=deadline_s,
                 )
             )
-        return _Plan(COMPLETION, _answer_id(request, resume), seed, specs, body.stream, body.stream_options.include_usage)
+        return _Plan(COMPLETION, _answer_id(request, resume), seed, specs, body.stream, body.extras())
 
     async def _plan_chat(self, request: web.Request, body: ChatRequest, resume: ResumePoint | None) -> _Plan:
         self._service.check_model(body.model)
@@ -123,26 +124,32 @@ class _Handlers:
             caller=CURRENT_CALLER.get().asking(body.priority),
             deadline_s=_deadline_s(request),
         )
-        return _Plan(CHAT, _answer_id(request, resume), seed, [spec], body.stream, body.stream_options.include_usage)
+        return _Plan(CHAT, _answer_id(request, resume), seed, [spec], body.stream, body.extras())
 
     async def _answer(self, request: web.Request, plan: _Plan, meter: RequestMeter) -> web.StreamResponse:
         service = self._service
-        answer = Answer(plan.endpoint, plan.answer_id, service.model_name, int(time.time()), plan.specs, service.tokenizer)
-        async with aclosing(self._events(plan, meter)) as events:
-            if plan.stream:
-                ids = EventIds(plan.answer_id, plan.seed, plan.specs)
-                return await stream_answer(service, request, answer, events, ids, meter, include_usage=plan.include_usage)
-            async for prompt, event in events:
-                answer.add(prompt, event)
+        answer = Answer(
+            plan.endpoint, plan.answer_id, service.model_name, int(time.time()), plan.specs, service.tokenizer, plan.extras
+        )
+        num_prompt_tokens = sum(len(spec.prompt_token_ids) for spec in plan.specs)
+        with service.records.record(request[REQUEST_ID], plan.endpoint.api, num_prompt_tokens) as record:
+            request[RECORD] = record
+            async with aclosing(self._events(plan, meter, record)) as events:
+                if plan.stream:
+                    ids = EventIds(plan.answer_id, plan.seed, plan.specs)
+                    return await stream_answer(service, request, answer, events, ids, meter)
+                async for prompt, event in events:
+                    answer.add(prompt, event)
         return _json(answer.whole())
 
-    def _events(self, plan: _Plan, meter: RequestMeter) -> NumberedEvents:
+    def _events(self, plan: _Plan, meter: RequestMeter, record: RequestRecord) -> NumberedEvents:
         """Events of all prompts as they come, each with the number of its prompt."""
 
         async def numbered(prompt: int, spec: GenerationSpec) -> NumberedEvents:
-            async with aclosing(self._service.generate(spec)) as events:
+            async with aclosing(self._service.generate(spec, record)) as events:
                 async for event in events:
                     meter.see(event, prompt)
+                    record.see(event)
                     yield prompt, event
 
         return merge([numbered(prompt, spec) for prompt, spec in enumerate(plan.specs)])

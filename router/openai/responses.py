@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from router.explain import path_json
 from router.generation import ChoiceOutput, GenerationDone
 from router.openai.logprobs import ChatLogprobs, CompletionLogprobs
 from router.options import GenerationSpec
@@ -96,8 +97,16 @@ class _ChoiceRecord:
         return self._choice.whole("".join(self._texts), logprobs, self._finish_reason)
 
 
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What the client asked for besides the answer. The usage of a whole answer is always told."""
+
+    usage_chunk: bool = False
+    paths: bool = False
+
+
 class Answer:
-    """Builds the answer to one request, whole (`add`, then `whole`) or in chunks (`chunk`, then `usage_chunk`)."""
+    """Builds the answer to one request, whole (`add`, then `whole`) or in chunks (`chunk`, then `last_chunk`)."""
 
     fingerprint: ClassVar[str] = "segue"
 
@@ -109,6 +118,7 @@ class Answer:
         created_unix_s: int,
         specs: Sequence[GenerationSpec],
         tokenizer: Tokenizer,
+        extras: Extras,
     ) -> None:
         """`specs`: one for each prompt. Choices are numbered through: those of the first prompt, of the second, and so on."""
         self._endpoint = endpoint
@@ -123,40 +133,54 @@ class Answer:
             for prompt, spec in enumerate(specs)
             for choice in range(spec.num_choices)
         }
-        self._done: list[GenerationDone] = []
+        self._extras = extras
+        # By the number of the prompt.
+        self._done: dict[int, GenerationDone] = {}
 
     def add(self, prompt: int, event: ChoiceOutput | GenerationDone) -> None:
         if isinstance(event, GenerationDone):
-            self._done.append(event)
+            self._done[prompt] = event
         else:
             self._records[prompt, event.choice].add(event)
 
     def whole(self) -> dict[str, Any]:
         choices = [record.whole() for record in self._records.values()]
-        return self._envelope | {"object": self._endpoint.object_name, "choices": choices, "usage": self._usage()}
+        whole = self._envelope | {"object": self._endpoint.object_name, "choices": choices, "usage": self._usage()}
+        return whole | self._paths()
 
-    def chunk(self, prompt: int, event: ChoiceOutput | GenerationDone, *, usage_follows: bool) -> dict[str, Any] | None:
-        """One chunk; None when this event shows nothing. `usage_follows`: the client asked for a last chunk with usage."""
+    def chunk(self, prompt: int, event: ChoiceOutput | GenerationDone) -> dict[str, Any] | None:
+        """One chunk; None when this event shows nothing."""
         if isinstance(event, GenerationDone):
-            self._done.append(event)
+            self._done[prompt] = event
             return None
         choice = self._records[prompt, event.choice].chunk(event)
         if choice is None:
             return None
         chunk = self._envelope | {"object": self._endpoint.chunk_object_name, "choices": [choice]}
-        return chunk | {"usage": None} if usage_follows else chunk
+        return chunk | {"usage": None} if self._extras.usage_chunk else chunk
 
-    def usage_chunk(self) -> dict[str, Any]:
-        return self._envelope | {"object": self._endpoint.chunk_object_name, "choices": [], "usage": self._usage()}
+    def last_chunk(self) -> dict[str, Any] | None:
+        """One without choices, for a client that asked for what it holds."""
+        if not (self._extras.usage_chunk or self._extras.paths):
+            return None
+        usage = {"usage": self._usage()} if self._extras.usage_chunk else {}
+        return self._envelope | {"object": self._endpoint.chunk_object_name, "choices": []} | usage | self._paths()
+
+    def _paths(self) -> dict[str, Any]:
+        """Of all choices, in their order."""
+        if not self._extras.paths:
+            return {}
+        return {"paths": [path_json(path) for _, done in sorted(self._done.items()) for path in done.paths_to_pb()]}
 
     def _usage(self) -> dict[str, Any]:
-        num_prompt = sum(done.num_prompt_tokens for done in self._done)
-        num_output = sum(done.num_output_tokens for done in self._done)
+        all_done = self._done.values()
+        num_prompt = sum(done.num_prompt_tokens for done in all_done)
+        num_output = sum(done.num_output_tokens for done in all_done)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": sum(done.num_cached_tokens for done in self._done)},
+            "prompt_tokens_details": {"cached_tokens": sum(done.num_cached_tokens for done in all_done)},
         }
 
 

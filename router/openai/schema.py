@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from router.openai.responses import Extras
 from router.options import GenerationOptions
 from router.text import ChatMessage
 from segue.errors import InvalidRequest
@@ -113,6 +114,11 @@ class _GenerationBody(_Body):
     ignore_eos: bool = False
     # As in vLLM: lower is served first.
     priority: int = 0
+    # Segue's own: which way each choice took, in the answer or in a last chunk.
+    include_path: bool = False
+
+    def extras(self) -> Extras:
+        return Extras(usage_chunk=self.stream_options.include_usage, paths=self.include_path)
 
     def _options(self, max_tokens: int | None, num_logprobs: int | None) -> GenerationOptions:
         return GenerationOptions(

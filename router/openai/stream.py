@@ -27,13 +27,11 @@ async def stream_answer(
     events: NumberedEvents,
     ids: EventIds,
     meter: RequestMeter,
-    *,
-    include_usage: bool,
 ) -> web.StreamResponse:
     """Raises the SegueError of a request that fails before its first output."""
     response = web.StreamResponse(headers=_HEADERS)
     try:
-        async for data in _chunks(answer, events, ids, include_usage=include_usage):
+        async for data in _chunks(answer, events, ids):
             await _send(service, request, response, data)
         await _send(service, request, response, SSE_DONE)
     except RequestCancelled:
@@ -47,17 +45,17 @@ async def stream_answer(
     return response
 
 
-async def _chunks(answer: Answer, events: NumberedEvents, ids: EventIds, *, include_usage: bool) -> AsyncIterator[bytes]:
+async def _chunks(answer: Answer, events: NumberedEvents, ids: EventIds) -> AsyncIterator[bytes]:
     async for prompt, event in events:
-        chunk = answer.chunk(prompt, event, usage_follows=include_usage)
+        chunk = answer.chunk(prompt, event)
         if isinstance(event, ChoiceOutput):
             ids.note(prompt, event)
             if event.is_seen:
                 continue
         if chunk is not None:
             yield sse(chunk, ids.last())
-    if include_usage:
-        yield sse(answer.usage_chunk())
+    if (chunk := answer.last_chunk()) is not None:
+        yield sse(chunk)
 
 
 async def _send(service: Service, request: web.Request, response: web.StreamResponse, data: bytes) -> None:

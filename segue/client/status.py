@@ -57,12 +57,16 @@ class WorkerStatus:
     # Grows each time a worker of this name starts.
     epoch: int
     roles: tuple[str, ...]
-    # ready, draining or lost.
+    # ready, draining, drained or lost.
     state: str
     address: str
     pid: int
     host: str
     load: WorkerLoad
+    # Roles that it can be given.
+    possible_roles: tuple[str, ...] = ()
+    # When its roles change back to its own, in Unix time; 0: they do not.
+    roles_until_unix_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ def models_from_pb(message: pb.ListModelsResponse) -> tuple[ModelInfo, ...]:
 def status_from_pb(message: pb.GetClusterStatusResponse) -> ClusterStatus:
     return ClusterStatus(
         model=message.model,
-        workers=tuple(map(_worker_from_pb, message.workers)),
+        workers=tuple(map(worker_from_pb, message.workers)),
         active_requests=message.active_requests,
         membership_fresh=message.membership_fresh,
         version=message.version,
@@ -113,7 +117,7 @@ def status_from_pb(message: pb.GetClusterStatusResponse) -> ClusterStatus:
     )
 
 
-def _worker_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
+def worker_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
     return WorkerStatus(
         worker_id=message.worker_id,
         epoch=message.epoch,
@@ -123,4 +127,6 @@ def _worker_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         pid=message.pid,
         host=message.host,
         load=copy_fields(WorkerLoad, message.load),
+        possible_roles=tuple(message.possible_roles),
+        roles_until_unix_s=message.roles_until_unix_s,
     )

@@ -21,7 +21,9 @@ from segue.client.resumption import Resumption
 from segue.client.retry import Attempts, ReadinessWait, RetryPolicy
 from segue.errors import InternalError, NoWorker, RequestCancelled, SegueError
 from segue.v1 import inference_pb2 as pb
+from segue.v1 import operator_pb2
 from segue.v1.inference_pb2_grpc import InferenceServiceStub
+from segue.v1.operator_pb2_grpc import OperatorServiceStub
 
 if TYPE_CHECKING:
     from grpc import _CallIterator
@@ -64,6 +66,7 @@ class Client:
             self._channel = grpc.secure_channel(target(address), credentials, options=CHANNEL_OPTIONS)
         self._metadata = access.metadata
         self._stub = InferenceServiceStub(self._channel)
+        self._operator = OperatorServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +126,33 @@ class Client:
             if not status.missing_roles:
                 return status
             self._sleep(wait.pause_s(NoWorker(f"no ready worker for: {', '.join(status.missing_roles)}")))
+
+    def drain_worker(
+        self, worker_id: str, *, grace_s: float | None = None, undo: bool = False, force: bool = False
+    ) -> status_types.WorkerStatus:
+        """Lets a worker finish what it has, `grace_s` at most (None: 60), and take nothing new; or takes it back. See `status`
+        for how far it is. `force`: also when no other ready worker has its role."""
+        request = operator_pb2.DrainWorkerRequest(worker_id=worker_id, grace_s=grace_s, undo=undo, force=force)
+        response = self._call(self._operator.DrainWorker, request, CONTROL_TIMEOUT_S)
+        return status_types.worker_from_pb(response.worker)
+
+    def restart_worker(self, worker_id: str, *, grace_s: float | None = None, force: bool = False) -> status_types.WorkerStatus:
+        """Drains a worker and ends its process, to be started anew by whatever keeps it."""
+        request = operator_pb2.RestartWorkerRequest(worker_id=worker_id, grace_s=grace_s, force=force)
+        response = self._call(self._operator.RestartWorker, request, CONTROL_TIMEOUT_S)
+        return status_types.worker_from_pb(response.worker)
+
+    def set_worker_role(self, worker_id: str, role: str, *, lease_s: float, force: bool = False) -> status_types.WorkerStatus:
+        """Gives a worker another role for `lease_s`; asking again renews it."""
+        request = operator_pb2.SetWorkerRoleRequest(worker_id=worker_id, role=role, lease_s=lease_s, force=force)
+        response = self._call(self._operator.SetWorkerRole, request, CONTROL_TIMEOUT_S)
+        return status_types.worker_from_pb(response.worker)
+
+    def explain(self, request_id: str = "") -> operator_pb2.RequestRecord:
+        """Which way a recent request took and where its time went, as the router that served it remembers it; without an id
+        the latest."""
+        response = self._call(self._operator.Explain, operator_pb2.ExplainRequest(request_id=request_id), CONTROL_TIMEOUT_S)
+        return response.record
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout_s: float | None

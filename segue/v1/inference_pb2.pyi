@@ -562,6 +562,9 @@ class RequestPath(_message.Message):
     TOTAL_S_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     PREFILL_PULLED_TOKENS_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    START_S_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     """Empty when the first token was also the last."""
@@ -581,6 +584,14 @@ class RequestPath(_message.Message):
     """1 plus the number of times the request was started anew on other workers."""
     prefill_pulled_tokens: _builtins.int
     """Prompt tokens whose KV the prefill worker fetched from the decode worker, which had it from an earlier turn."""
+    placement: _builtins.str
+    """Whether the phases were split between two workers, or why not: a word of the placement's."""
+    start_s: _builtins.float
+    """From the start of the request's first choice to that of this one: further choices wait for the first one's first token."""
+    @_builtins.property
+    def timeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attempt]:
+        """In order; the last is the one that served the choice to its end, or failed for good."""
+
     def __init__(
         self,
         *,
@@ -595,14 +606,81 @@ class RequestPath(_message.Message):
         total_s: _builtins.float = ...,
         attempts: _builtins.int = ...,
         prefill_pulled_tokens: _builtins.int = ...,
+        placement: _builtins.str = ...,
+        start_s: _builtins.float = ...,
+        timeline: _abc.Iterable[Global___Attempt] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_worker", b"decode_worker", "handover_s", b"handover_s", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_pulled_tokens", b"prefill_pulled_tokens", "prefill_worker", b"prefill_worker", "total_s", b"total_s", "transferred_bytes", b"transferred_bytes", "transport", b"transport", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_cached_tokens", b"decode_cached_tokens", "decode_worker", b"decode_worker", "handover_s", b"handover_s", "placement", b"placement", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_pulled_tokens", b"prefill_pulled_tokens", "prefill_worker", b"prefill_worker", "start_s", b"start_s", "timeline", b"timeline", "total_s", b"total_s", "transferred_bytes", b"transferred_bytes", "transport", b"transport", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestPath: _TypeAlias = RequestPath  # noqa: Y015
+
+@_typing.final
+class Attempt(_message.Message):
+    """One attempt at serving a choice. Reservation and prefill begin together; the transfer begins during prefill. What an attempt did
+    not come to has taken 0 s.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_FIELD_NUMBER: _builtins.int
+    START_S_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    RESERVE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    PREFILL_QUEUE_S_FIELD_NUMBER: _builtins.int
+    TRANSFER_HIDDEN_S_FIELD_NUMBER: _builtins.int
+    TRANSFER_EXPOSED_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    ERROR_CODE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    prefill_worker: _builtins.str
+    decode_worker: _builtins.str
+    start_s: _builtins.float
+    """From the start of the choice."""
+    queue_s: _builtins.float
+    """Until there was room for it and it was sent to both workers."""
+    reserve_s: _builtins.float
+    """From then until decode had set blocks aside. 0 when that took longer than prefill: it is part of transfer_exposed_s then."""
+    prefill_s: _builtins.float
+    """From then, as well, until the first token."""
+    prefill_queue_s: _builtins.float
+    """The part of it that the prompt waited, on the prefill worker, before any of it was computed."""
+    transfer_hidden_s: _builtins.float
+    """From the first KV block that prefill sent until the first token: the part of the transfer that computation hides."""
+    transfer_exposed_s: _builtins.float
+    """From the first token until decode held the verified KV cache."""
+    decode_s: _builtins.float
+    error_code: _builtins.str
+    """Why it failed; empty if it did not."""
+    error: _builtins.str
+    def __init__(
+        self,
+        *,
+        prefill_worker: _builtins.str = ...,
+        decode_worker: _builtins.str = ...,
+        start_s: _builtins.float = ...,
+        queue_s: _builtins.float = ...,
+        reserve_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        prefill_queue_s: _builtins.float = ...,
+        transfer_hidden_s: _builtins.float = ...,
+        transfer_exposed_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+        error_code: _builtins.str = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "decode_worker", b"decode_worker", "error", b"error", "error_code", b"error_code", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "queue_s", b"queue_s", "reserve_s", b"reserve_s", "start_s", b"start_s", "transfer_exposed_s", b"transfer_exposed_s", "transfer_hidden_s", b"transfer_hidden_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
@@ -818,20 +896,28 @@ class WorkerStatus(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    POSSIBLE_ROLES_FIELD_NUMBER: _builtins.int
+    ROLES_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     """Grows each time a worker of this name starts."""
     state: _builtins.str
-    """ready, draining, lost."""
+    """ready, draining, drained, lost."""
     address: _builtins.str
     pid: _builtins.int
     host: _builtins.str
+    roles_until_unix_s: _builtins.float
+    """When its roles change back to those that it was started with, in Unix time; 0: they do not."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefill, decode."""
 
     @_builtins.property
     def load(self) -> Global___WorkerLoad: ...
+    @_builtins.property
+    def possible_roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Roles that it can be given; see OperatorService.SetWorkerRole."""
+
     def __init__(
         self,
         *,
@@ -843,10 +929,12 @@ class WorkerStatus(_message.Message):
         pid: _builtins.int = ...,
         host: _builtins.str = ...,
         load: Global___WorkerLoad | None = ...,
+        possible_roles: _abc.Iterable[_builtins.str] | None = ...,
+        roles_until_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "pid", b"pid", "roles", b"roles", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "pid", b"pid", "possible_roles", b"possible_roles", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

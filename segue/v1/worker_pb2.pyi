@@ -9,6 +9,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from segue.v1 import inference_pb2 as _inference_pb2
 from segue.v1 import transfer_pb2 as _transfer_pb2
 import builtins as _builtins
@@ -22,6 +23,29 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Departure:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DepartureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Departure.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEPARTURE_UNSPECIFIED: _Departure.ValueType  # 0
+    """It stays, without work."""
+    DEPARTURE_LEAVE: _Departure.ValueType  # 1
+    """For good."""
+    DEPARTURE_RESTART: _Departure.ValueType  # 2
+    """To be started anew."""
+
+class Departure(_Departure, metaclass=_DepartureEnumTypeWrapper): ...
+
+DEPARTURE_UNSPECIFIED: Departure.ValueType  # 0
+"""It stays, without work."""
+DEPARTURE_LEAVE: Departure.ValueType  # 1
+"""For good."""
+DEPARTURE_RESTART: Departure.ValueType  # 2
+"""To be started anew."""
+Global___Departure: _TypeAlias = Departure  # noqa: Y015
+
 @_typing.final
 class LinkRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -32,6 +56,8 @@ class LinkRequest(_message.Message):
     RESERVE_DECODE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     SEND_KV_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    SET_ROLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenLink: ...
     @_builtins.property
@@ -44,6 +70,10 @@ class LinkRequest(_message.Message):
     def cancel(self) -> Global___CancelSequence: ...
     @_builtins.property
     def send_kv(self) -> Global___SendKV: ...
+    @_builtins.property
+    def drain(self) -> Global___DrainWorker: ...
+    @_builtins.property
+    def set_role(self) -> Global___SetRole: ...
     def __init__(
         self,
         *,
@@ -53,12 +83,14 @@ class LinkRequest(_message.Message):
         reserve_decode: Global___ReserveDecode | None = ...,
         cancel: Global___CancelSequence | None = ...,
         send_kv: Global___SendKV | None = ...,
+        drain: Global___DrainWorker | None = ...,
+        set_role: Global___SetRole | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "send_kv", b"send_kv", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "drain", b"drain", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "send_kv", b"send_kv", "set_role", b"set_role", "start_prefill", b"start_prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "send_kv", b"send_kv", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_tickets", b"attach_tickets", "cancel", b"cancel", "drain", b"drain", "message", b"message", "open", b"open", "reserve_decode", b"reserve_decode", "send_kv", b"send_kv", "set_role", b"set_role", "start_prefill", b"start_prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "start_prefill", "attach_tickets", "reserve_decode", "cancel", "send_kv"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "start_prefill", "attach_tickets", "reserve_decode", "cancel", "send_kv", "drain", "set_role"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -361,6 +393,60 @@ class CancelSequence(_message.Message):
 Global___CancelSequence: _TypeAlias = CancelSequence  # noqa: Y015
 
 @_typing.final
+class DrainWorker(_message.Message):
+    """The worker takes no new sequences, and finishes those it has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNDO_FIELD_NUMBER: _builtins.int
+    GRACE_MS_FIELD_NUMBER: _builtins.int
+    DEPARTURE_FIELD_NUMBER: _builtins.int
+    undo: _builtins.bool
+    """Takes new ones again instead."""
+    grace_ms: _builtins.int
+    """How long those it has may take; then they end with worker_lost, and their routers continue them elsewhere."""
+    departure: Global___Departure.ValueType
+    """When it holds nothing any more, its process ends."""
+    def __init__(
+        self,
+        *,
+        undo: _builtins.bool = ...,
+        grace_ms: _builtins.int = ...,
+        departure: Global___Departure.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["departure", b"departure", "grace_ms", b"grace_ms", "undo", b"undo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWorker: _TypeAlias = DrainWorker  # noqa: Y015
+
+@_typing.final
+class SetRole(_message.Message):
+    """Gives the worker one of its possible roles, as a lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    LEASE_MS_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    lease_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        lease_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRole: _TypeAlias = SetRole  # noqa: Y015
+
+@_typing.final
 class LinkResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -372,8 +458,8 @@ class LinkResponse(_message.Message):
     STEP_TOKENS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
-    DRAINING_FIELD_NUMBER: _builtins.int
     PULL_KV_FIELD_NUMBER: _builtins.int
+    WORKER_CHANGED_FIELD_NUMBER: _builtins.int
     CACHE_EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___LinkOpened: ...
@@ -392,9 +478,9 @@ class LinkResponse(_message.Message):
     @_builtins.property
     def load(self) -> _inference_pb2.WorkerLoad: ...
     @_builtins.property
-    def draining(self) -> Global___WorkerDraining: ...
-    @_builtins.property
     def pull_kv(self) -> Global___PullKV: ...
+    @_builtins.property
+    def worker_changed(self) -> Global___WorkerChanged: ...
     @_builtins.property
     def cache_events(self) -> Global___CacheEvents: ...
     def __init__(
@@ -408,15 +494,15 @@ class LinkResponse(_message.Message):
         step_tokens: Global___StepTokens | None = ...,
         failed: Global___SequenceFailed | None = ...,
         load: _inference_pb2.WorkerLoad | None = ...,
-        draining: Global___WorkerDraining | None = ...,
         pull_kv: Global___PullKV | None = ...,
+        worker_changed: Global___WorkerChanged | None = ...,
         cache_events: Global___CacheEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens", "worker_changed", b"worker_changed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "draining", b"draining", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "decode_reserved", b"decode_reserved", "decode_started", b"decode_started", "failed", b"failed", "first_token", b"first_token", "load", b"load", "message", b"message", "opened", b"opened", "prefill_released", b"prefill_released", "pull_kv", b"pull_kv", "step_tokens", b"step_tokens", "worker_changed", b"worker_changed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "first_token", "prefill_released", "decode_reserved", "decode_started", "step_tokens", "failed", "load", "draining", "pull_kv", "cache_events"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "first_token", "prefill_released", "decode_reserved", "decode_started", "step_tokens", "failed", "load", "pull_kv", "worker_changed", "cache_events"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -451,11 +537,17 @@ class FirstToken(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     PULLED_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    SENDING_S_FIELD_NUMBER: _builtins.int
     finish_reason: _inference_pb2.FinishReason.ValueType
     """Set when the first token is also the last."""
     cached_tokens: _builtins.int
     pulled_tokens: _builtins.int
     """Prompt tokens that the decode worker sent."""
+    queue_s: _builtins.float
+    """How long the prompt waited here before any of it was computed."""
+    sending_s: _builtins.float
+    """How long ago the first of its KV was sent; 0 when none was."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -468,10 +560,12 @@ class FirstToken(_message.Message):
         finish_reason: _inference_pb2.FinishReason.ValueType = ...,
         cached_tokens: _builtins.int = ...,
         pulled_tokens: _builtins.int = ...,
+        queue_s: _builtins.float = ...,
+        sending_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "key", b"key", "pulled_tokens", b"pulled_tokens", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "key", b"key", "pulled_tokens", b"pulled_tokens", "queue_s", b"queue_s", "sending_s", b"sending_s", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -661,6 +755,28 @@ class SequenceFailed(_message.Message):
 Global___SequenceFailed: _TypeAlias = SequenceFailed  # noqa: Y015
 
 @_typing.final
+class WorkerChanged(_message.Message):
+    """What the worker says of itself has changed: its roles, or whether it drains. Told on every link."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def worker(self) -> Global___WorkerRecord: ...
+    def __init__(
+        self,
+        *,
+        worker: Global___WorkerRecord | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerChanged: _TypeAlias = WorkerChanged  # noqa: Y015
+
+@_typing.final
 class CacheEvents(_message.Message):
     """What changed in the worker's prefix cache since its last message of this kind on the link. Each is numbered one above the one
     before; after a gap nothing is known until the next snapshot, which the worker sends by itself.
@@ -693,23 +809,6 @@ class CacheEvents(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheEvents: _TypeAlias = CacheEvents  # noqa: Y015
-
-@_typing.final
-class WorkerDraining(_message.Message):
-    """The worker takes no new sequences, finishes those it has, then leaves."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WorkerDraining: _TypeAlias = WorkerDraining  # noqa: Y015
 
 @_typing.final
 class RouterRecord(_message.Message):
@@ -767,6 +866,8 @@ class WorkerRecord(_message.Message):
     NUM_RANKS_FIELD_NUMBER: _builtins.int
     NUMBER_FORMATS_FIELD_NUMBER: _builtins.int
     SECRET_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    POSSIBLE_ROLES_FIELD_NUMBER: _builtins.int
+    ROLES_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -789,9 +890,15 @@ class WorkerRecord(_message.Message):
     """
     secret_fingerprint: _builtins.str
     """Of the cluster secret, one way; empty without one. Only where it is equal do processes talk to each other."""
+    roles_until_unix_s: _builtins.float
+    """When its roles change back to those that it was started with, in Unix time; 0: they do not."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefill, decode."""
+
+    @_builtins.property
+    def possible_roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Roles that it can have as it was loaded: those with its formats and number of ranks."""
 
     def __init__(
         self,
@@ -812,10 +919,12 @@ class WorkerRecord(_message.Message):
         num_ranks: _builtins.int = ...,
         number_formats: _builtins.str = ...,
         secret_fingerprint: _builtins.str = ...,
+        possible_roles: _abc.Iterable[_builtins.str] | None = ...,
+        roles_until_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "roles", b"roles", "secret_fingerprint", b"secret_fingerprint", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "secret_fingerprint", b"secret_fingerprint", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

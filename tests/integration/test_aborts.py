@@ -11,6 +11,7 @@ import pytest
 from deploy.valkey import Valkey
 from segue import AsyncClient, Completed, GenerateOptions, Output, RetryPolicy
 from segue.errors import NoWorker, SegueError
+from segue.v1.worker_pb2 import DEPARTURE_LEAVE
 from tests.support.cluster import Cluster, in_process_cluster
 
 GREEDY = GenerateOptions(max_tokens=30, temperature=0.0, ignore_eos=True)
@@ -70,19 +71,21 @@ async def test_a_drained_worker_finishes_what_it_has_and_gets_nothing_new(
         for _ in range(30):
             await asyncio.sleep(0)
         worker = cluster.worker(worker_id)
-        await worker.drain(cut_short=asyncio.Event())
+        worker.duty.drain(60.0, DEPARTURE_LEAVE)
+        await worker.duty.departure
         assert all(leg.num_sequences == 0 for leg in worker.active_legs)
         await asyncio.gather(*running)
         before = worker.load()
         await asyncio.gather(*(cluster.client.generate([8] * (20 + i), **GREEDY) for i in range(6)))
         assert worker.load() == before
         states = {worker.worker_id: worker.state for worker in (await cluster.client.status()).workers}
-        assert states[worker_id] == "draining"
+        assert states[worker_id] == "drained"
 
 
 async def test_without_a_worker_for_a_role_requests_fail_at_once_and_readably(valkey: Valkey, tiny_model_dir: Path) -> None:
     async with in_process_cluster(valkey.url, tiny_model_dir) as cluster:
-        await cluster.worker("decode-0").drain(cut_short=asyncio.Event())
+        cluster.worker("decode-0").duty.drain(60.0, DEPARTURE_LEAVE)
+        await cluster.worker("decode-0").duty.departure
         async with AsyncClient(cluster.front.grpc_address, retry=RetryPolicy(max_attempts=1)) as client:
             with pytest.raises(NoWorker, match="no decode worker is ready") as caught:
                 await client.generate([5, 6], **GREEDY)

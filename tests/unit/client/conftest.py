@@ -14,6 +14,7 @@ import pytest
 from segue.errors import SegueError, WorkerLost
 from segue.v1 import inference_pb2 as pb
 from segue.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
+from segue.v1.operator_pb2_grpc import OperatorServiceServicer, add_OperatorServiceServicer_to_server
 
 HOLD = object()
 """In a script: send nothing more until the client goes away."""
@@ -57,7 +58,7 @@ def check_resumed(requests: list[pb.GenerateRequest]) -> None:
 
 
 @dataclass
-class ScriptedRouter(InferenceServiceServicer):
+class ScriptedRouter(InferenceServiceServicer, OperatorServiceServicer):
     """Plays `scripts` in order, one for each call of Generate: messages to send, a SegueError to fail with, or HOLD. The
     other calls play `unary` likewise."""
 
@@ -93,6 +94,7 @@ class ScriptedRouter(InferenceServiceServicer):
         return act
 
     Tokenize = ListModels = GetClusterStatus = _answer
+    Explain = DrainWorker = RestartWorker = SetWorkerRole = _answer
 
 
 class BareStatus(Exception):
@@ -136,6 +138,7 @@ async def router() -> AsyncIterator[ScriptedRouter]:
     scripted = ScriptedRouter()
     server = grpc.aio.server()
     add_InferenceServiceServicer_to_server(scripted, server)
+    add_OperatorServiceServicer_to_server(scripted, server)
     scripted.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     yield scripted

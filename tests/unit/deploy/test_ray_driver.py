@@ -111,7 +111,7 @@ def events(text: str) -> list[dict[str, Any]]:
 
 
 async def test_a_replica_that_gave_up_is_started_again_and_told(capsys: pytest.CaptureFixture[str]) -> None:
-    ray = FakeRay([Outcome(drained=False, code="config", error="bad")])
+    ray = FakeRay([Outcome(drained=False, again=True, code="config", error="bad")])
     ray._outcomes.append(ray.RayError("a bug"))
     await Supervisor(ray, plan()).run()  # the third run serves, and the fake then asks to stop
     said = events(capsys.readouterr().out)
@@ -134,7 +134,7 @@ async def test_ray_restarts_what_dies_and_a_local_ray_gives_each_replica_one_slo
 
 
 async def test_a_replica_that_drained_is_let_go(capsys: pytest.CaptureFixture[str]) -> None:
-    ray = FakeRay([Outcome(drained=True, code="", error="")])
+    ray = FakeRay([Outcome(drained=True, again=False, code="", error="")])
     supervising = asyncio.create_task(Supervisor(ray, plan()).run())
     await ray.first_kill.wait()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -169,7 +169,7 @@ async def test_ranks_start_and_end_as_one(capsys: pytest.CaptureFixture[str]) ->
 
 
 async def test_ranks_that_drained_are_let_go(capsys: pytest.CaptureFixture[str]) -> None:
-    ray = FakeRay([Outcome(drained=True, code="", error=""), None])
+    ray = FakeRay([Outcome(drained=True, again=False, code="", error=""), None])
     supervising = asyncio.create_task(Supervisor(ray, plan(decode_tp=2)).run())
     await ray.first_kill.wait()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -191,17 +191,18 @@ async def test_the_launcher_hears_what_the_driver_says() -> None:
     heard = DriverEvents()
     ended = {"event": "replica_ended", "worker_id": "decode-0"}
     heard.on_line("some noise")
-    heard.on_line(json.dumps({**ended, "drained": False, "code": "config", "error": "bad"}))
-    heard.on_line(json.dumps({**ended, "drained": True, "code": "", "error": ""}))
-    worker_id, error = await heard.next_ended()
-    assert worker_id == "decode-0"
-    assert isinstance(error, ConfigError)
-    assert error.message == "decode-0: bad"
-    assert await heard.next_ended() == ("decode-0", None)
+    heard.on_line(json.dumps({**ended, "drained": False, "again": True, "code": "config", "error": "bad"}))
+    for again in (True, False):
+        heard.on_line(json.dumps({**ended, "drained": True, "again": again, "code": "", "error": ""}))
+    failed = await heard.next_ended()
+    assert isinstance(failed.error, ConfigError)
+    notes = [failed.note(), (await heard.next_ended()).note(), (await heard.next_ended()).note()]
+    assert notes == ["decode-0: bad; starting it again", "decode-0 drained and is started anew", "decode-0 drained and left"]
 
 
 async def test_a_start_cannot_go_without_any_replica() -> None:
     heard = DriverEvents()
-    heard.on_line(json.dumps({"event": "replica_ended", "worker_id": "decode-0", "drained": True, "code": "", "error": ""}))
+    ended = {"event": "replica_ended", "worker_id": "decode-0", "drained": True, "again": False, "code": "", "error": ""}
+    heard.on_line(json.dumps(ended))
     with pytest.raises(Unavailable, match="decode-0 was told to leave"):
         await heard.raise_failures()

@@ -32,7 +32,7 @@ def test_a_refusal_is_an_outcome_not_an_exception(stub_programs: Programs, monke
         command = [sys.executable, "-c", RUN, worker.model_dump_json(), stub_programs.worker]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         outcome, threads = json.loads(result.stdout)
-        assert outcome == {"drained": False, "code": "config", "error": "kv_memory: too small for the stub"}
+        assert outcome == {"drained": False, "again": True, "code": "config", "error": "kv_memory: too small for the stub"}
         assert threads == "3"
         assert result.stderr == ""  # it went to the log
         assert num_starts(log) == starts

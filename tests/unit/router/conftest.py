@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from router.fake import FakeSequenceServer, Script, token_steps
+from router.fake import FakeOperator, FakeSequenceServer, Script, token_steps
 from router.front import Front
 from router.sequence import SequenceRequest, TokenStep
 from router.text import Tokenizer
@@ -69,6 +69,7 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 class RunningFront:
     front: Front
     core: FakeSequenceServer
+    operator: FakeOperator
     http: httpx.AsyncClient
 
     @property
@@ -108,11 +109,11 @@ def serve(tokenizer: Tokenizer, model_dir: Path) -> ServeFront:
 
     @asynccontextmanager
     async def running(script: Script, **settings: Any) -> AsyncIterator[RunningFront]:
-        core = FakeSequenceServer(script)
+        core, operator = FakeSequenceServer(script), FakeOperator()
         config = model_config(tokenizer)
-        async with Front(router_settings(model_dir, drain_s=1.0, **settings), tokenizer, config, core) as front:
+        async with Front(router_settings(model_dir, drain_s=1.0, **settings), tokenizer, config, core, operator) as front:
             async with httpx.AsyncClient(base_url=f"http://{front.http_address}", timeout=20) as http:
-                yield RunningFront(front, core, http)
+                yield RunningFront(front, core, operator, http)
         assert not core.active, "a request outlived its client"
 
     return running

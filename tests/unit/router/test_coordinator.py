@@ -64,12 +64,16 @@ class ScriptedLeg:
     async def wait_empty(self) -> None:
         return
 
+    def give_up(self, error: SegueError) -> None:
+        return
+
 
 @dataclass
 class ScriptedWorker:
     leg: ScriptedLeg
     record: pb.WorkerRecord
     server: grpc.aio.Server
+    servicer: WorkerLinkServicer
 
 
 @asynccontextmanager
@@ -81,13 +85,13 @@ async def scripted_worker(membership: Membership, worker_id: str, script: Script
     )
     leg = ScriptedLeg(script)
     server = grpc.aio.server()
-    servicer = WorkerLinkServicer([leg], lambda: record, lambda: WorkerLoad(free_blocks=5), CacheFeed(list))
+    servicer = WorkerLinkServicer([leg], lambda: record, lambda: WorkerLoad(free_blocks=5), CacheFeed(list), lambda _: None)
     add_WorkerServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     record.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     await membership.announce(record, 60_000)
     try:
-        yield ScriptedWorker(leg, record, server)
+        yield ScriptedWorker(leg, record, server, servicer)
     finally:
         await membership.withdraw(record)
         await server.stop(0)
@@ -300,8 +304,8 @@ async def test_a_draining_worker_gets_nothing_new(membership: Membership) -> Non
         coordinator = await stack.enter_async_context(router(membership, num_workers=1))
         changed = coordinator._workers.changed.listener()
         worker.record.draining = True
-        await membership.announce(worker.record, 60_000)
-        while coordinator.status().workers[0].state != "draining":
+        worker.servicer.tell_changed()
+        while coordinator.status().workers[0].state != "drained":
             await changed.wait()
             changed.clear()
         with pytest.raises(NoWorker):

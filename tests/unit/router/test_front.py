@@ -14,7 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from router.fake import FakeSequenceServer, Script, token_steps
+from router.fake import FakeOperator, FakeSequenceServer, Script, token_steps
 from router.front import Front
 from router.metrics import Metrics
 from router.text import Tokenizer
@@ -109,7 +109,7 @@ async def test_a_port_in_use_is_told_plainly(setting: str, flag: str, tokenizer:
         port = taken.getsockname()[1]
         settings = router_settings(model_dir, **{setting: port})
         with pytest.raises(ConfigError, match=f"port {port} is in use on 127.0.0.1; set {flag}") as caught:
-            async with Front(settings, tokenizer, model_config(tokenizer), FakeSequenceServer(lambda _: [])):
+            async with Front(settings, tokenizer, model_config(tokenizer), FakeSequenceServer(lambda _: []), FakeOperator()):
                 pass
     assert caught.value.field == setting
 
@@ -119,21 +119,21 @@ async def test_two_fronts_do_not_share_ports(serve: ServeFront, say: Say, tokeni
         for setting, address in [("http_port", running.front.http_address), ("grpc_port", running.front.grpc_address)]:
             settings = router_settings(model_dir, **{setting: int(address.rpartition(":")[2])})
             with pytest.raises(ConfigError, match="is in use"):
-                async with Front(settings, tokenizer, model_config(tokenizer), running.core):
+                async with Front(settings, tokenizer, model_config(tokenizer), running.core, FakeOperator()):
                     pass
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer, model_dir: Path) -> None:
     config = SimpleNamespace(**vars(model_config(tokenizer)) | {"vocab_size": 10})
     with pytest.raises(ModelFileError, match="vocab_size of 10"):
-        Front(router_settings(model_dir), tokenizer, config, FakeSequenceServer(lambda _: []))
+        Front(router_settings(model_dir), tokenizer, config, FakeSequenceServer(lambda _: []), FakeOperator())
 
 
 async def test_shutdown_lets_running_requests_finish(tokenizer: Tokenizer, model_dir: Path) -> None:
     gate = asyncio.Event()
     token_ids = tokenizer.encode("brown fox")
     core = FakeSequenceServer(lambda _: [*token_steps(token_ids[:1], None), gate, *token_steps(token_ids[1:])])
-    front = Front(router_settings(model_dir, drain_s=30.0), tokenizer, model_config(tokenizer), core)
+    front = Front(router_settings(model_dir, drain_s=30.0), tokenizer, model_config(tokenizer), core, FakeOperator())
     async with httpx.AsyncClient(timeout=20) as http, front:
         url = f"http://{front.http_address}/v1/completions"
         channel = grpc.aio.insecure_channel(front.grpc_address)
@@ -162,7 +162,7 @@ async def test_shutdown_ends_what_does_not_finish(tokenizer: Tokenizer, model_di
     never = asyncio.Event()
     core = FakeSequenceServer(lambda _: [*token_steps([5], None), never])
     async with httpx.AsyncClient(timeout=20) as http, grpc.aio.insecure_channel("127.0.0.1:1"):
-        front = Front(router_settings(model_dir, drain_s=0.05), tokenizer, model_config(tokenizer), core)
+        front = Front(router_settings(model_dir, drain_s=0.05), tokenizer, model_config(tokenizer), core, FakeOperator())
         async with front:
             channel = grpc.aio.insecure_channel(front.grpc_address)
             whole = asyncio.create_task(http.post(f"http://{front.http_address}/v1/completions", json=BODY))

@@ -33,7 +33,7 @@ async def texts_of(server: FakeSequenceServer, tokenizer: Tokenizer, spec: Gener
     """The text of each choice; exactly one output of each has a finish reason, and it is the last."""
     outputs: dict[int, list[ChoiceOutput]] = {choice: [] for choice in range(spec.num_choices)}
     done = []
-    async with aclosing(generate(server, tokenizer, spec)) as events:
+    async with aclosing(generate(server, tokenizer, spec, {})) as events:
         async for event in events:
             assert not done, "an event after the last"
             if isinstance(event, GenerationDone):
@@ -103,7 +103,7 @@ async def test_one_failing_choice_fails_all_and_closes_them(tokenizer: Tokenizer
 async def test_closing_closes_every_sequence(tokenizer: Tokenizer) -> None:
     never = asyncio.Event()
     server = FakeSequenceServer(lambda _: [*token_steps([5], None), never])
-    events = generate(server, tokenizer, spec_of(num_choices=2))
+    events = generate(server, tokenizer, spec_of(num_choices=2), {})
     await anext(events)
     await anext(events)
     assert len(server.active) == 2
@@ -221,14 +221,14 @@ async def test_an_answer_goes_on_where_its_stream_broke(tokenizer: Tokenizer, da
         return steps
 
     server = FakeSequenceServer(script)
-    outputs = [event async for event in generate(server, tokenizer, spec)]
+    outputs = [event async for event in generate(server, tokenizer, spec, {})]
     done = outputs.pop()
     choice_outputs = [output for output in outputs if isinstance(output, ChoiceOutput)]
     cut = data.draw(st.integers(0, len(choice_outputs) - 1))
     had, missing = choice_outputs[:cut], choice_outputs[cut:]
     tokens = tuple(token.token_id for output in had for token in output.tokens)
     seen = data.draw(st.sampled_from([Seen(tokens), Seen(num_untold=len(tokens))]))
-    again = [event async for event in generate(server, tokenizer, replace(spec, seen=(seen,)))]
+    again = [event async for event in generate(server, tokenizer, replace(spec, seen=(seen,)), {})]
     done_again = again.pop()
     new = [event for event in again if isinstance(event, ChoiceOutput) and not event.is_seen]
     assert "".join(event.text for event in new) == "".join(event.text for event in missing)
@@ -243,7 +243,7 @@ async def test_a_choice_that_is_finished_is_not_served_again(tokenizer: Tokenize
     server = FakeSequenceServer(lambda request: token_steps(tokenizer.encode("fox")[len(request.output_token_ids) :]))
     finished = Seen(tuple(tokenizer.encode("fox")), is_finished=True)
     spec = replace(spec_of(num_choices=2, seed=7), seen=(finished,))
-    events = [event async for event in generate(server, tokenizer, spec)]
+    events = [event async for event in generate(server, tokenizer, spec, {})]
     assert [request.sequence_id for request in server.requests] == ["r-1"]
     assert {event.choice for event in events if isinstance(event, ChoiceOutput)} == {1}
     assert isinstance(events[-1], GenerationDone)
@@ -269,4 +269,4 @@ def test_what_cannot_have_been_seen_is_refused(seen: list[Seen], problem: str) -
 async def test_a_stop_string_that_was_seen_is_refused(tokenizer: Tokenizer) -> None:
     spec = replace(spec_of(stop=("fox",)), seen=(Seen(tuple(tokenizer.encode("a fox b"))),))
     with pytest.raises(InvalidRequest, match="it is finished"):
-        await anext(generate(FakeSequenceServer(lambda _: []), tokenizer, spec))
+        await anext(generate(FakeSequenceServer(lambda _: []), tokenizer, spec, {}))
