@@ -7,7 +7,7 @@ with the undisturbed answer. A fault hits a random process at a random moment:
 
     kill    SIGKILL; the process is started again
     stop    SIGSTOP for longer than anybody waits for a hung worker, then SIGCONT: it wakes up in a world that went on
-    cut     one of its TCP connections breaks: a link to a router, KV under way, the store
+    cut     one of its TCP connections breaks: a link to a router, KV under way, the store, a client's
     corrupt bytes of KV are damaged on their way, all the time, in every worker
 
 The time to recover from a fault is how long the last of the streams that ran at its moment waited for its next token.
@@ -212,8 +212,10 @@ async def measure(
     for name in (*routers[1:], *WORKERS):
         await cluster.start(name)
     prompts = [prompt for size in _PROMPT_TOKENS for prompt in random_prompts(4, size, 250, seed=size)]
-    async with AsyncClient(cluster.address) as client:
-        load = Load([client], prompts, outcomes)
+    async with AsyncExitStack() as stack:
+        # Each has a connection of its own, to one router or another.
+        clients = [await stack.enter_async_context(AsyncClient(cluster.address)) for _ in range(2 * num_routers)]
+        load = Load(clients, prompts, outcomes)
         await load.learn()
         targets = (*WORKERS, *(routers if num_routers > 1 else ()))
         async with background(*(load.ask_on(number) for number in range(at_a_time))):

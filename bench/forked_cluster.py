@@ -28,7 +28,7 @@ _TINY = {"threads": 1, "kv_memory": 2**20, "block_size": 4, "max_prefill_tokens"
 
 @dataclass
 class ForkedCluster:
-    """Workers are named `prefill-0` and the like, routers `router-0`."""
+    """Workers are named `prefill-0` and the like, routers, all behind one address, `router-0`."""
 
     # host:port
     address: str
@@ -48,7 +48,9 @@ class ForkedCluster:
         link. `settings` override the cluster's."""
         role = name.partition("-")[0]
         if role == "router":
-            planned: RouterSettings | WorkerSettings = RouterSettings(**self.common | self.router | settings)
+            planned: RouterSettings | WorkerSettings = RouterSettings(
+                **self.common | self.router | {"router_id": name} | settings
+            )
         else:
             planned = WorkerSettings(**self.common | self.worker | {"worker_id": name, "roles": (role,)} | settings)
         pid = await self.nursery.start(planned, self.logs / f"{name}.log")
@@ -117,7 +119,7 @@ async def forked_cluster(
     """One router, and no workers yet. `router` and `worker` override settings."""
     common = {"cluster_id": uuid.uuid4().hex[:12], "redis": redis_url, "model_dir": model_dir, "model_name": MODEL_NAME}
     port = _free_port()
-    router = {"grpc_port": port, "http_port": 0, "disaggregate": "always"} | (router or {})
+    router = {"grpc_port": port, "http_port": 0, "shares_ports": True, "disaggregate": "always"} | (router or {})
     address = f"{LOOPBACK}:{port}"
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(AsyncClient(address, retry=RetryPolicy(max_attempts=1)))

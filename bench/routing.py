@@ -3,8 +3,8 @@
     a request arrives → the router's placement chooses → its prompt waits and is computed → it is decoded
 
 Placement, the index of prefix caches and the workers' block pools are those of a real cluster; time is virtual, and steps take
-as long as a few constants say. The trace is Mooncake's (FAST'25): one JSON object a line, with `timestamp` in ms, `input_length`
-and `output_length` in tokens, and `hash_ids`, one for each 512 tokens of prompt, equal where prompts begin alike.
+as long as a few constants say. The trace is Mooncake's (FAST'25): a JSON object a line, with `timestamp` in milliseconds,
+`input_length` and `output_length` in tokens, and `hash_ids`, one for each 512 tokens, equal where prompts begin alike.
 """
 
 from __future__ import annotations

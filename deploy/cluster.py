@@ -13,7 +13,7 @@ from pathlib import Path
 from deploy.child import Child
 from deploy.driver_events import DriverEvents
 from deploy.processes import is_here, resident_bytes
-from deploy.router_process import RouterProcess
+from deploy.routers import Routers
 from deploy.sweeper import session_members
 from deploy.waiting import all_of, until_gone
 from deploy.watch import WorkerWatch
@@ -50,7 +50,7 @@ class Cluster:
         logs: Path,
         *,
         membership: Membership,
-        router: RouterProcess,
+        routers: Routers,
         driver: Child,
         driver_events: DriverEvents,
         valkey: Child | None,
@@ -60,7 +60,7 @@ class Cluster:
         # A folder with one log for each process.
         self.logs = logs
         self.membership = membership
-        self.router = router
+        self.routers = routers
         self.driver = driver
         self.driver_events = driver_events
         self.valkey = valkey
@@ -68,11 +68,11 @@ class Cluster:
     @property
     def http(self) -> str:
         """host:port of the OpenAI-compatible API."""
-        return self.router.http
+        return self.routers.http
 
     @property
     def grpc(self) -> str:
-        return self.router.grpc
+        return self.routers.grpc
 
     async def workers(self) -> list[WorkerRecord]:
         """Those that are announced now. Raises StoreUnavailable."""
@@ -80,9 +80,15 @@ class Cluster:
 
     async def processes(self) -> list[ProcessInfo]:
         """Raises StoreUnavailable."""
-        router = self.router.child
         infos = [
-            ProcessInfo("router", "router", router.pid, f"http {self.http}, grpc {self.grpc}", resident_bytes([router.pid]))
+            ProcessInfo(
+                router.name,
+                "router",
+                router.child.pid,
+                f"http {router.http}, grpc {router.grpc}",
+                resident_bytes([router.child.pid]),
+            )
+            for router in self.routers.processes
         ]
         worker_pids = set()
         for record in await self.workers():
@@ -99,7 +105,7 @@ class Cluster:
         return infos
 
     async def watch(self, note: Note) -> None:
-        """Says in one line each what happens to workers, router and store, and brings the router back when it dies.
+        """Says in one line each what happens to workers, routers and store, and brings routers back when they die.
 
         Runs until cancelled. Raises InternalError when the process that owns Ray is gone, and the workers with it.
         """
@@ -108,7 +114,7 @@ class Cluster:
             self._watch_replicas(note),
             self._watch_driver(),
             self._watch_store(note),
-            self.router.keep(note),
+            self.routers.keep(self.membership, note),
         )
 
     async def _watch_workers(self, note: Note) -> None:

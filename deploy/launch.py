@@ -28,7 +28,8 @@ from deploy.processes import usable_cores
 from deploy.progress import Report, Stage, silent
 from deploy.ray_cluster import ray_cluster
 from deploy.replica import num_starts, worker_log
-from deploy.router_process import ROUTER_COMMAND, RouterProcess
+from deploy.router_process import ROUTER_COMMAND
+from deploy.routers import Routers
 from deploy.valkey import embedded_valkey
 from deploy.waiting import all_of, in_daemon_thread
 from segue.config import ClusterSettings, WorkerSettings
@@ -99,14 +100,17 @@ class Launch:
         driver_plan = plan_driver(settings, workers, cluster_id=cluster_id, entry=self._programs.worker)
         events = DriverEvents()
         driver = await enter(ray_cluster(driver_plan, logs / "ray.log", events.on_line))
-        router = await RouterProcess.start(
-            plan_router(settings, cluster_id=cluster_id, redis=redis, model=model), logs / "router.log", self._programs.router
-        )
+        planned = [
+            plan_router(settings, cluster_id=cluster_id, redis=redis, model=model, number=number)
+            for number in range(settings.routers)
+        ]
+        routers = Routers(planned, logs, self._programs.router)
         cluster = Cluster(
-            cluster_id, model, logs, membership=membership, router=router, driver=driver, driver_events=events, valkey=valkey
+            cluster_id, model, logs, membership=membership, routers=routers, driver=driver, driver_events=events, valkey=valkey
         )
         self._stack.push_async_callback(cluster.stop_workers)
-        self._stack.push_async_callback(router.stop)
+        self._stack.push_async_callback(routers.stop)
+        await routers.start()
         async with background(_fail_when_it_exits(driver), events.raise_failures()):
             await all_of(self._until_ray_serves(cluster), self._until_announced(cluster, workers), self._until_routed(cluster))
             await self._until_ready(cluster)
@@ -139,7 +143,7 @@ class Launch:
 
     async def _until_routed(self, cluster: Cluster) -> None:
         self._report(Stage("router", "running", "starting"))
-        await cluster.router.serving()
+        await cluster.routers.serving()
         self._report(Stage("router", "done", f"http {cluster.http}, grpc {cluster.grpc}"))
 
     async def _until_announced(self, cluster: Cluster, workers: Sequence[WorkerSettings]) -> None:
@@ -163,7 +167,7 @@ class Launch:
             async with asyncio.timeout(_READY_LIMIT_S):
                 await until_ready(cluster.http)
         except TimeoutError:
-            log = cluster.router.child.log
+            log = cluster.routers.processes[0].child.log
             raise DeadlineExceeded(
                 f"every worker serves, but http://{cluster.http}/ready did not say so within {_READY_LIMIT_S:.0f} s; "
                 f"the end of the router's log, {log}:\n{log_tail(log)}"

@@ -51,8 +51,13 @@ def plan_workers(
     ]
 
 
-def plan_router(settings: ClusterSettings, *, cluster_id: str, redis: str, model: ModelHandle) -> RouterSettings:
+def plan_router(
+    settings: ClusterSettings, *, cluster_id: str, redis: str, model: ModelHandle, number: int = 0
+) -> RouterSettings:
+    """Those of the first router may name no ports; the others are given the ports that it then has."""
     return RouterSettings(
+        router_id=f"router-{number}",
+        shares_ports=settings.routers > 1,
         cluster_id=cluster_id,
         redis=redis,
         model_dir=model.path,

@@ -29,6 +29,10 @@ class RouterProcess:
         self._settings = settings
         self._command = command
 
+    @property
+    def name(self) -> str:
+        return _name(self._settings)
+
     @classmethod
     async def start(cls, settings: RouterSettings, log: Path, command: Sequence[str] = ROUTER_COMMAND) -> RouterProcess:
         child, said = await _spawn(settings, log, command)
@@ -47,23 +51,27 @@ class RouterProcess:
             note(f"{self.child.ending()}, starting it again; its log: {self.child.log}")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            ports = {"http_port": _port(self.http), "grpc_port": _port(self.grpc)}
+            ports = {"http_port": port_of(self.http), "grpc_port": port_of(self.grpc)}
             again = self._settings.model_copy(update=ports)
             self.child, self._said = await _spawn(again, self.child.log, self._command)
             try:
                 await self.serving()
             except SegueError as error:
-                note(f"the router did not come back: {error.message.splitlines()[0]}")
+                note(f"{self.name} did not come back: {error.message.splitlines()[0]}")
             else:
-                note(f"the router serves again, pid {self.child.pid}")
+                note(f"{self.name} serves again, pid {self.child.pid}")
 
     async def stop(self) -> None:
         await self.child.stop(STOP_S)
 
 
+def _name(settings: RouterSettings) -> str:
+    return settings.router_id or "router"
+
+
 async def _spawn(settings: RouterSettings, log: Path, command: Sequence[str]) -> tuple[Child, FirstWord]:
     said = FirstWord()
-    return await Child.start("router", command, log=log, env=settings.to_env(), on_line=said.on_line), said
+    return await Child.start(_name(settings), command, log=log, env=settings.to_env(), on_line=said.on_line), said
 
 
 def reachable(address: str) -> str:
@@ -72,5 +80,5 @@ def reachable(address: str) -> str:
     return f"{LOOPBACK}:{port}" if host in {"0.0.0.0", "[::]", "::", ""} else address
 
 
-def _port(address: str) -> int:
+def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,9 +15,10 @@ from router.placement import Placement
 from router.text import Tokenizer
 from router.workers import Workers
 from segue.config import RouterSettings
-from segue.membership import Membership
+from segue.membership import Membership, held_lease
 from segue.models.config import ModelConfig
 from segue.runtime import say_serving, stop_event
+from segue.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
     """A router that serves until the block ends."""
     tokenizer = Tokenizer.from_dir(settings.model_dir)
     model_config = ModelConfig.from_dir(settings.model_dir)
-    router_id = f"router-{uuid.uuid4().hex[:8]}"
+    router_id = settings.router_id or f"router-{uuid.uuid4().hex[:8]}"
     async with Membership(settings.redis, settings.cluster_id) as membership:
         async with Workers(membership, router_id, settings.model_name).running() as workers:
             placement = Placement(workers, settings.policy, may_join=settings.disaggregate == "auto")
@@ -48,4 +51,12 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
                 timeout_s=settings.request_timeout_s,
             )
             async with Front(settings, tokenizer, model_config, coordinator) as front:
-                yield front
+                record = worker_pb2.RouterRecord(
+                    router_id=router_id,
+                    grpc_address=front.grpc_address,
+                    http_address=front.http_address,
+                    pid=os.getpid(),
+                    host=socket.gethostname(),
+                )
+                async with held_lease(membership, lambda: record, settings.member_lease_ms, must_begin=False):
+                    yield front

@@ -151,6 +151,16 @@ class Coordinator:
             active_requests=self._num_active,
             membership_fresh=self._workers.membership_fresh,
             version=version("segue"),
+            routers=[
+                inference_pb2.RouterStatus(
+                    router_id=router.router_id,
+                    grpc_address=router.grpc_address,
+                    http_address=router.http_address,
+                    pid=router.pid,
+                    host=router.host,
+                )
+                for router in self._workers.routers
+            ],
         )
 
     def missing_roles(self) -> list[str]:

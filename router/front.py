@@ -107,19 +107,20 @@ class Front:
         exits.push_async_callback(runner.cleanup)
         host, port = self._settings.host, self._settings.http_port
         try:
-            await web.TCPSite(runner, host, port, reuse_address=True).start()
+            await web.TCPSite(runner, host, port, reuse_address=True, reuse_port=self._settings.shares_ports).start()
         except OSError as error:
             raise _cannot_listen(host, port, "http_port", error) from None
         self._http_port = runner.addresses[0][1]
         return runner
 
     async def _start_grpc(self, exits: AsyncExitStack) -> grpc.aio.Server:
-        server = grpc.aio.server(options=server_options(self._settings.max_body))
+        server = grpc.aio.server(options=server_options(self._settings.max_body, shares_port=self._settings.shares_ports))
         add_services(server, self._service)
         host, port = self._settings.host, self._settings.grpc_port
         try:
             # gRPC itself does not tell why it cannot listen.
-            with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with socket.create_server((host, port), family=family, reuse_port=self._settings.shares_ports):
                 pass
             self._grpc_port = server.add_insecure_port(_address(host, port))
         except OSError as error:

@@ -10,15 +10,15 @@ The other choices wait for the first one's first token, so that its prompt is in
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.merge import merge
 from router.options import GenerationSpec
 from router.sequence import SequencePath, SequenceServer, TokenStep
 from router.text import StopStrings, Tokenizer
-from segue.errors import InternalError
+from segue.errors import InternalError, InvalidRequest
 from segue.sampling import FinishReason, GeneratedToken
 
 
@@ -30,6 +30,8 @@ class ChoiceOutput:
     text: str
     tokens: tuple[GeneratedToken, ...]
     finish_reason: FinishReason | None = None
+    # The client has it from a stream that broke: not to be sent again.
+    is_seen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ async def generate(server: SequenceServer, tokenizer: Tokenizer, spec: Generatio
     paths: dict[int, SequencePath] = {}
     first_token = asyncio.Event()
     choices = [_serve_choice(server, tokenizer, spec, choice, paths, first_token) for choice in range(spec.num_choices)]
-    num_output_tokens = 0
+    num_output_tokens = sum(len(seen.token_ids) if not seen.is_finished else seen.num_tokens for seen in spec.seen)
     async with aclosing(merge(choices)) as outputs:
         async for output in outputs:
             num_output_tokens += len(output.tokens)
@@ -77,18 +79,32 @@ async def _serve_choice(
     if choice > 0:
         await first_token.wait()
     path = paths[choice] = SequencePath()
-    request = spec.sequence_of(choice)
+    request, seen = spec.sequence_of(choice), spec.seen_of(choice)
+    if seen.is_finished:
+        first_token.set()
+        return
     text = _ChoiceText(tokenizer, spec)
+    text.replay(seen.token_ids)
+    num_untold = seen.num_untold
     async with aclosing(server.serve(request, path)) as steps:
         async for step in steps:
             first_token.set()
-            output = text.read(step, choice)
-            yield output
-            if output.finish_reason is not None and step.finish_reason is None:
-                # A stop string: leaving closes the sequence.
-                return
+            for part in _split(step, num_untold):
+                output = text.read(part, choice)
+                yield replace(output, is_seen=True) if num_untold and output.finish_reason is None else output
+                num_untold = max(num_untold - len(part.tokens), 0)
+                if output.finish_reason is not None and part.finish_reason is None:
+                    # A stop string: leaving closes the sequence.
+                    return
     if not text.is_over:
         raise InternalError(f"sequence {request.sequence_id} ended without a finish reason")
+
+
+def _split(step: TokenStep, num_tokens: int) -> tuple[TokenStep, ...]:
+    """The step's first tokens, as many as are left of `num_tokens`, apart from the others."""
+    if not 0 < num_tokens < len(step.tokens):
+        return (step,)
+    return TokenStep(step.tokens[:num_tokens]), replace(step, tokens=step.tokens[num_tokens:])
 
 
 class _ChoiceText:
@@ -99,6 +115,14 @@ class _ChoiceText:
         self._stop = StopStrings(spec.stop)
         self._end_token_ids = frozenset(spec.sampling.stop_token_ids)
         self.is_over = False
+
+    def replay(self, token_ids: Sequence[int]) -> None:
+        """Comes to stand after these tokens, whose text the client has. Raises InvalidRequest when a stop string ends among
+        them: the choice was over then, and the client knows."""
+        for token_id in token_ids:
+            self._stop.push(self._detokenizer.push((token_id,)))
+        if self._stop.found:
+            raise InvalidRequest("resume", "a choice has its stop string: it is finished")
 
     def read(self, step: TokenStep, choice: int) -> ChoiceOutput:
         """Tokens that came after the one that completed a stop string are dropped, and not counted."""

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
 from router.grpc_health import HEALTH_SERVICE_NAME, add_health
 from router.grpc_options import options_from_pb
-from router.options import GenerationSpec
+from router.options import GenerationSpec, Seen
 from router.service import Service, new_request_id
 from router.text import ChatMessage
 from segue.errors import InternalError, InvalidRequest, SegueError
@@ -36,12 +36,12 @@ _Request = TypeVar("_Request", bound=Message)
 _API = "grpc"
 
 
-def server_options(max_body: int) -> list[tuple[str, int]]:
+def server_options(max_body: int, *, shares_port: bool = False) -> list[tuple[str, int]]:
     """Channel options for the server. Without so_reuseport=0 a port in use would be shared without a word."""
     return [
         ("grpc.max_receive_message_length", max_body),
         ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shares_port)),
     ]
 
 
@@ -104,10 +104,13 @@ class InferenceServicer:
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing; give text, token_ids or chat")
-        options = options_from_pb(request)
+        options, seen = (
+            options_from_pb(request),
+            [Seen(tuple(choice.token_ids), is_finished=choice.finished) for choice in request.resume.choices],
+        )
         names = {"prompt": kind, "logprobs": "num_logprobs"}
         token_ids = await self._prompt_token_ids(request)
-        return self._service.build_spec(new_request_id(), token_ids, options, names, continues_text=kind != "chat")
+        return self._service.build_spec(new_request_id(), token_ids, options, names, continues_text=kind != "chat", seen=seen)
 
     async def _prompt_token_ids(self, request: pb.GenerateRequest) -> list[int]:
         if request.HasField("token_ids"):
@@ -131,7 +134,10 @@ class InferenceServicer:
     def _started(self, spec: GenerationSpec) -> pb.GenerateResponse:
         return pb.GenerateResponse(
             started=pb.Started(
-                request_id=spec.request_id, model=self._service.model_name, num_prompt_tokens=len(spec.prompt_token_ids)
+                request_id=spec.request_id,
+                model=self._service.model_name,
+                num_prompt_tokens=len(spec.prompt_token_ids),
+                seed=spec.sampling.seed,
             )
         )
 

@@ -25,6 +25,8 @@ _OPTIONAL = (
 def options_from_pb(request: pb.GenerateRequest) -> GenerationOptions:
     sampling = request.sampling
     given: dict[str, Any] = {name: getattr(sampling, name) for name in _OPTIONAL if sampling.HasField(name)}  # type: ignore[arg-type]
+    if request.HasField("resume"):
+        given["seed"] = request.resume.seed
     return GenerationOptions(
         logit_bias=dict(sampling.logit_bias),
         stop=tuple(sampling.stop),

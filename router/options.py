@@ -41,6 +41,25 @@ class GenerationOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """The beginning of a choice that its client has already."""
+
+    # The tokens, where the client can tell them: the choice goes on after them.
+    token_ids: tuple[int, ...] = ()
+    # Where it can only count them: so many are generated anew and not sent again.
+    num_untold: int = 0
+    # Its end came as well.
+    is_finished: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_untold
+
+
+NOTHING_SEEN = Seen()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelLimits:
     """Numbers of tokens and token ids that a request must keep to."""
 
@@ -60,8 +79,8 @@ class GenerationSpec:
     stop: tuple[str, ...] = ()
     # The answer goes on where the prompt's text ends, so that its leading space counts.
     continues_text: bool = True
-    # Tokens of each choice that were generated before; those of choices without any may be left out.
-    output_token_ids: tuple[tuple[int, ...], ...] = ()
+    # What the client has of each choice, from a stream that broke; choices of which it has nothing may be left out at the end.
+    seen: tuple[Seen, ...] = ()
     caller: Caller = ANONYMOUS
     # On the running loop's clock.
     deadline_s: float | None = None
@@ -71,13 +90,21 @@ class GenerationSpec:
             f"{self.request_id}-{choice}",
             self.prompt_token_ids,
             self.sampling_of(choice),
-            self.output_token_ids[choice] if choice < len(self.output_token_ids) else (),
+            self.seen_of(choice).token_ids,
             self.caller,
             self.deadline_s,
         )
 
+    def seen_of(self, choice: int) -> Seen:
+        return self.seen[choice] if choice < len(self.seen) else NOTHING_SEEN
+
     def sampling_of(self, choice: int) -> SamplingParams:
         return replace(self.sampling, seed=choice_seed(self.sampling.seed, choice))
+
+
+def draw_seed() -> int:
+    """For a request that has none."""
+    return secrets.randbits(_SEED_BITS)
 
 
 def choice_seed(seed: int, choice: int) -> int:
@@ -97,6 +124,9 @@ def build_spec(
     max_sequence_tokens: int | None,
     names: Mapping[str, str],
     continues_text: bool = True,
+    seen: Sequence[Seen] = (),
+    caller: Caller = ANONYMOUS,
+    deadline_s: float | None = None,
 ) -> GenerationSpec:
     """Applies defaults, checks limits. Raises InvalidRequest.
 
@@ -106,13 +136,18 @@ def build_spec(
     try:
         room = _check_prompt(prompt_token_ids, limits, max_sequence_tokens)
         _check_stop(options.stop)
+        sampling, num_choices = _sampling(options, limits, room), _num_choices(options)
+        _check_seen(seen, sampling, num_choices, limits)
         return GenerationSpec(
             request_id=request_id,
             prompt_token_ids=tuple(prompt_token_ids),
-            sampling=_sampling(options, limits, room),
-            num_choices=_num_choices(options),
+            sampling=sampling,
+            num_choices=num_choices,
             stop=options.stop,
             continues_text=continues_text,
+            seen=tuple(seen),
+            caller=caller,
+            deadline_s=deadline_s,
         )
     except InvalidRequest as error:
         raise renamed(error, names) from None
@@ -155,6 +190,18 @@ def _check_stop(stop: Sequence[str]) -> None:
             raise InvalidRequest("stop", f"each string must have 1 to {MAX_STOP_CHARACTERS} characters, not {len(text)}")
 
 
+def _check_seen(seen: Sequence[Seen], sampling: SamplingParams, num_choices: int, limits: ModelLimits) -> None:
+    if len(seen) > num_choices:
+        raise InvalidRequest("resume", f"has {len(seen)} choices, of {num_choices}")
+    for choice, part in enumerate(seen):
+        _check_token_ids("resume", part.token_ids, limits)
+        if part.num_tokens > sampling.max_tokens:
+            raise InvalidRequest("resume", f"choice {choice} has {part.num_tokens} tokens, of {sampling.max_tokens} at most")
+        has_end = part.num_tokens == sampling.max_tokens or not set(sampling.stop_token_ids).isdisjoint(part.token_ids)
+        if has_end and not part.is_finished:
+            raise InvalidRequest("resume", f"choice {choice} has all its tokens: it is finished")
+
+
 def _num_choices(options: GenerationOptions) -> int:
     number = 1 if options.num_choices is None else options.num_choices
     if not 1 <= number <= MAX_CHOICES:
@@ -176,7 +223,7 @@ def _sampling(options: GenerationOptions, limits: ModelLimits, room: int) -> Sam
     }
     return SamplingParams(
         max_tokens=room if options.max_tokens is None else options.max_tokens,
-        seed=secrets.randbits(_SEED_BITS) if options.seed is None else options.seed,
+        seed=draw_seed() if options.seed is None else options.seed,
         logit_bias=dict(options.logit_bias),
         stop_token_ids=tuple(dict.fromkeys((*end_token_ids, *options.stop_token_ids))),
         **given,

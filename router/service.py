@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from router.generation import GenerationEvent, generate
 from router.metrics import Metrics
-from router.options import GenerationOptions, GenerationSpec, ModelLimits, build_spec
+from router.options import GenerationOptions, GenerationSpec, ModelLimits, Seen, build_spec
 from router.readiness import Readiness
 from router.sequence import SequenceServer
 from router.text import ChatMessage, Tokenizer
@@ -58,6 +58,7 @@ class Service:
         names: Mapping[str, str],
         *,
         continues_text: bool = True,
+        seen: Sequence[Seen] = (),
     ) -> GenerationSpec:
         """See router.options.build_spec."""
         return build_spec(
@@ -68,6 +69,7 @@ class Service:
             max_sequence_tokens=self.server.max_sequence_tokens,
             names=names,
             continues_text=continues_text,
+            seen=seen,
         )
 
     def generate(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:

@@ -245,6 +245,7 @@ class Workers:
         # Told whenever a link opens or breaks, or membership was read.
         self.changed = Wakeups()
         self.membership_fresh = False
+        self.routers: list[worker_pb2.RouterRecord] = []
         # When each role last had an available worker, on the loop's clock.
         self.last_complete_s = float("-inf")
 
@@ -287,6 +288,7 @@ class Workers:
     async def _look(self) -> None:
         try:
             records = await self._membership.list_workers()
+            self.routers = await self._membership.list_routers()
         except StoreUnavailable as error:
             if self.membership_fresh:
                 logger.warning("going on with the workers known so far: %s", error.message)

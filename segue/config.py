@@ -152,6 +152,7 @@ class ClusterSettings(EngineSettings, RoutingSettings):
     redis: str | None = Field(None, description="Redis or Valkey URL; without it an embedded Valkey is started")
     ray_address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started")
     host: str = Field(LOOPBACK, description="Address that the router listens on")
+    routers: int = Field(1, ge=1, le=16, description="Routers on this host, behind one address")
     http_port: Port = Field(8000, description="OpenAI-compatible HTTP API; 0 picks a free port")
     grpc_port: Port = Field(50051, description="gRPC API; 0 picks a free port")
 
@@ -159,11 +160,16 @@ class ClusterSettings(EngineSettings, RoutingSettings):
 class RouterSettings(RoutingSettings):
     cluster_id: str
     redis: str
+    # Unique in the cluster; drawn if not given.
+    router_id: str = ""
     model_dir: Path
     model_name: str
     host: str = LOOPBACK
     http_port: Port = 8000
     grpc_port: Port = 50051
+    # Other routers on this host may listen on the same ports: the kernel gives each new connection to one of them.
+    shares_ports: bool = False
+    member_lease_ms: int = Field(3_000, ge=100)
     max_active_requests: int = Field(1024, ge=1)
     max_body: NumBytes = 8 * 2**20
     request_timeout_s: float = Field(600.0, gt=0)

@@ -1,11 +1,12 @@
-"""Who is in the cluster: worker records in Redis, each under a lease that its worker renews.
+"""Who is in the cluster: records in Redis, each under a lease that its worker or router renews.
 
     segue:<cluster>:worker:<worker id>    WorkerRecord, expires with the lease
+    segue:<cluster>:router:<router id>    RouterRecord, likewise
     segue:<cluster>:epoch                 counter; every start of a worker takes the next value
     segue:<cluster>:group:<group>         the address of a worker's rank 0, once for each of the ranks that are to take it
     segue:<cluster>:changes               channel, one message for every arrival, change and departure
 
-A record outlives its worker by one lease at most. Readers treat the store as a hint: the link to a worker is what counts,
+A record outlives its owner by one lease at most. Readers treat the store as a hint: the link to a worker is what counts,
 and while the store is away they go on with what they know.
 """
 
@@ -15,6 +16,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import redis.asyncio as redis_client
 from google.protobuf.message import DecodeError
@@ -22,7 +24,7 @@ from redis.exceptions import RedisError
 
 from segue.errors import StoreUnavailable
 from segue.runtime import background
-from segue.v1.worker_pb2 import WorkerRecord
+from segue.v1.worker_pb2 import RouterRecord, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,11 @@ _ADDRESS_LIFETIME_S = 600
 # Shorter than the time after which a silent store is taken to be away.
 _BLOCK_S = 2
 _STORE_ERRORS = (RedisError, OSError, asyncio.TimeoutError)
+
+
+Record = WorkerRecord | RouterRecord
+RecordT = TypeVar("RecordT", WorkerRecord, RouterRecord)
+_KINDS: dict[type[Record], str] = {WorkerRecord: "worker", RouterRecord: "router"}
 
 
 class Membership:
@@ -68,31 +75,39 @@ class Membership:
         address = found[1]
         return address.decode() if isinstance(address, bytes) else address
 
-    async def announce(self, record: WorkerRecord, lease_ms: int) -> None:
+    async def announce(self, record: Record, lease_ms: int) -> None:
         """Writes `record` for `lease_ms`, and tells the listeners if it differs from what was there."""
         async with _as_store_unavailable():
             data = record.SerializeToString(deterministic=True)
-            before = await self._redis.set(self._key(record.worker_id), data, px=lease_ms, get=True)
+            before = await self._redis.set(self._key(record), data, px=lease_ms, get=True)
             if before != data:
-                await self._redis.publish(f"{self._prefix}:changes", record.worker_id)
+                await self._redis.publish(f"{self._prefix}:changes", _name(record))
 
-    async def withdraw(self, record: WorkerRecord) -> None:
+    async def withdraw(self, record: Record) -> None:
         async with _as_store_unavailable():
             data = record.SerializeToString(deterministic=True)
-            await self._redis.eval(_WITHDRAW, 1, self._key(record.worker_id), data)
-            await self._redis.publish(f"{self._prefix}:changes", record.worker_id)
+            await self._redis.eval(_WITHDRAW, 1, self._key(record), data)
+            await self._redis.publish(f"{self._prefix}:changes", _name(record))
 
     async def list_workers(self) -> list[WorkerRecord]:
         """Records whose lease holds, in order of worker id. Records that cannot be read are left out, and logged."""
+        return await self._list(WorkerRecord)
+
+    async def list_routers(self) -> list[RouterRecord]:
+        """As `list_workers`, of routers."""
+        return await self._list(RouterRecord)
+
+    async def _list(self, record_class: type[RecordT]) -> list[RecordT]:
         async with _as_store_unavailable():
-            keys = sorted([key async for key in self._redis.scan_iter(match=f"{self._prefix}:worker:*", count=1000)])
+            match = f"{self._prefix}:{_KINDS[record_class]}:*"
+            keys = sorted([key async for key in self._redis.scan_iter(match=match, count=1000)])
             values = await self._redis.mget(keys) if keys else []
         records = []
         for key, value in zip(keys, values, strict=True):
             if value is None:  # lapsed since the scan
                 continue
             try:
-                records.append(WorkerRecord.FromString(value))  # type: ignore[arg-type]  # responses are not decoded
+                records.append(record_class.FromString(value))  # type: ignore[arg-type]  # responses are not decoded
             except DecodeError:
                 logger.warning("the membership record %r cannot be read and is left out", key)
         return records
@@ -117,8 +132,12 @@ class Membership:
     def _group_key(self, group: str) -> str:
         return f"{self._prefix}:group:{group}"
 
-    def _key(self, worker_id: str) -> str:
-        return f"{self._prefix}:worker:{worker_id}"
+    def _key(self, record: Record) -> str:
+        return f"{self._prefix}:{_KINDS[type(record)]}:{_name(record)}"
+
+
+def _name(record: Record) -> str:
+    return record.worker_id if isinstance(record, WorkerRecord) else record.router_id
 
 
 @asynccontextmanager
@@ -145,10 +164,17 @@ def _num_cancellations() -> int:
 
 
 @asynccontextmanager
-async def held_lease(membership: Membership, record: Callable[[], WorkerRecord], lease_ms: int) -> AsyncIterator[None]:
-    """Keeps `record()` announced until the block ends, then withdraws it. The first announcement must succeed; later
-    failures are logged once each time the store goes away, and retried: serving does not depend on the store."""
-    await membership.announce(record(), lease_ms)
+async def held_lease(
+    membership: Membership, record: Callable[[], Record], lease_ms: int, *, must_begin: bool = True
+) -> AsyncIterator[None]:
+    """Keeps `record()` announced until the block ends, then withdraws it. The first announcement must succeed, unless
+    `must_begin` is False; later failures are logged once each time the store goes away, and retried: serving does not depend
+    on the store."""
+    try:
+        await membership.announce(record(), lease_ms)
+    except StoreUnavailable:
+        if must_begin:
+            raise
     try:
         async with background(_renew(membership, record, lease_ms)):
             yield
@@ -159,7 +185,7 @@ async def held_lease(membership: Membership, record: Callable[[], WorkerRecord],
             logger.warning("left without withdrawing, the lease will lapse: %s", error.message)
 
 
-async def _renew(membership: Membership, record: Callable[[], WorkerRecord], lease_ms: int) -> None:
+async def _renew(membership: Membership, record: Callable[[], Record], lease_ms: int) -> None:
     reachable = True
     while True:
         await asyncio.sleep(lease_ms / 3000)

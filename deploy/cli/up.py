@@ -34,6 +34,7 @@ def up(
     redis: Annotated[str | None, _flag("redis", shape="URL")] = None,
     ray_address: Annotated[str | None, _flag("ray_address", shape="HOST:PORT")] = None,
     host: Annotated[str | None, _flag("host", shape="ADDRESS")] = None,
+    routers: Annotated[int | None, _flag("routers", shape="N")] = None,
     http_port: Annotated[int | None, _flag("http_port", shape="PORT")] = None,
     grpc_port: Annotated[int | None, _flag("grpc_port", shape="PORT")] = None,
     dtype: Annotated[str | None, _flag("dtype", shape="float32|bfloat16")] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aiohttp import web
@@ -14,11 +14,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from router.merge import merge
 from router.metrics import RequestMeter
 from router.openai.errors import REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request_id
+from router.openai.event_ids import LAST_EVENT_ID, EventIds, ResumePoint
 from router.openai.fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, parse_body
 from router.openai.responses import CHAT, COMPLETION, Answer, Endpoint, to_json
 from router.openai.schema import ChatRequest, CompletionRequest
 from router.openai.stream import NumberedEvents, stream_answer
-from router.options import GenerationSpec
+from router.options import MAX_CHOICES, GenerationOptions, GenerationSpec, choice_seed, draw_seed
 from router.service import Service
 from segue.errors import InvalidRequest, Unavailable
 
@@ -30,6 +31,9 @@ class _Plan:
     """A request that has been checked: one spec for each prompt."""
 
     endpoint: Endpoint
+    # In the answer's id and, if it is streamed, in those of its events.
+    answer_id: str
+    seed: int
     specs: list[GenerationSpec]
     stream: bool
     include_usage: bool
@@ -61,38 +65,58 @@ class _Handlers:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         with self._service.metrics.track(COMPLETION.api) as meter:
             body = parse_body(CompletionRequest, await request.read(), COMPLETION_UNSUPPORTED)
-            plan = await self._plan_completion(request[REQUEST_ID], body)
+            plan = await self._plan_completion(request[REQUEST_ID], body, resume_point(request, body))
             return await self._answer(request, plan, meter)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         with self._service.metrics.track(CHAT.api) as meter:
             body = parse_body(ChatRequest, await request.read(), CHAT_UNSUPPORTED)
-            plan = await self._plan_chat(request[REQUEST_ID], body)
+            plan = await self._plan_chat(request[REQUEST_ID], body, resume_point(request, body))
             return await self._answer(request, plan, meter)
 
-    async def _plan_completion(self, request_id: str, body: CompletionRequest) -> _Plan:
+    async def _plan_completion(self, request_id: str, body: CompletionRequest, resume: ResumePoint | None) -> _Plan:
         self._service.check_model(body.model)
         if len(body.prompt) > MAX_PROMPTS:
             raise InvalidRequest("prompt", f"at most {MAX_PROMPTS} prompts in one request, not {len(body.prompt)}")
         options, specs = body.options(), list[GenerationSpec]()
+        seed = _seed(options, resume)
         for place, prompt in enumerate(body.prompt):
             token_ids = await self._service.encode_text(prompt) if isinstance(prompt, str) else prompt
-            specs.append(self._service.build_spec(f"{request_id}-p{place}", token_ids, options, body.names()))
-        return _Plan(COMPLETION, specs, body.stream, body.stream_options.include_usage)
+            # Equal prompts have different answers, unless the client wants one seed for all.
+            own_seed = seed if options.seed is not None else choice_seed(seed, place * MAX_CHOICES)
+            specs.append(
+                self._service.build_spec(
+                    f"{request_id}-p{place}",
+                    token_ids,
+                    replace(options, seed=own_seed),
+                    body.names(),
+                    seen=resume.of_prompt(place, len(body.prompt), body.n) if resume else (),
+                )
+            )
+        return _Plan(COMPLETION, _answer_id(request_id, resume), seed, specs, body.stream, body.stream_options.include_usage)
 
-    async def _plan_chat(self, request_id: str, body: ChatRequest) -> _Plan:
+    async def _plan_chat(self, request_id: str, body: ChatRequest, resume: ResumePoint | None) -> _Plan:
         self._service.check_model(body.model)
         options = body.options()
+        seed = _seed(options, resume)
         token_ids = await self._service.encode_chat([message.to_chat_message() for message in body.messages])
-        spec = self._service.build_spec(request_id, token_ids, options, body.names(), continues_text=False)
-        return _Plan(CHAT, [spec], body.stream, body.stream_options.include_usage)
+        spec = self._service.build_spec(
+            request_id,
+            token_ids,
+            replace(options, seed=seed),
+            body.names(),
+            continues_text=False,
+            seen=resume.of_prompt(0, 1, body.n) if resume else (),
+        )
+        return _Plan(CHAT, _answer_id(request_id, resume), seed, [spec], body.stream, body.stream_options.include_usage)
 
     async def _answer(self, request: web.Request, plan: _Plan, meter: RequestMeter) -> web.StreamResponse:
         service = self._service
-        answer = Answer(plan.endpoint, request[REQUEST_ID], service.model_name, int(time.time()), plan.specs, service.tokenizer)
+        answer = Answer(plan.endpoint, plan.answer_id, service.model_name, int(time.time()), plan.specs, service.tokenizer)
         async with aclosing(self._events(plan, meter)) as events:
             if plan.stream:
-                return await stream_answer(service, request, answer, events, meter, include_usage=plan.include_usage)
+                ids = EventIds(plan.answer_id, plan.seed, plan.specs)
+                return await stream_answer(service, request, answer, events, ids, meter, include_usage=plan.include_usage)
             async for prompt, event in events:
                 answer.add(prompt, event)
         return _json(answer.whole())
@@ -136,6 +160,22 @@ class _Handlers:
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def resume_point(request: web.Request, body: ChatRequest | CompletionRequest) -> ResumePoint | None:
+    """Where the stream broke that this request goes on with. Raises InvalidRequest."""
+    event_id = request.headers.get(LAST_EVENT_ID)
+    return ResumePoint.parse(event_id) if event_id and body.stream else None
+
+
+def _seed(options: GenerationOptions, resume: ResumePoint | None) -> int:
+    if options.seed is not None:
+        return options.seed
+    return draw_seed() if resume is None else resume.seed
+
+
+def _answer_id(request_id: str, resume: ResumePoint | None) -> str:
+    return request_id.removeprefix("req_") if resume is None else resume.answer_id
 
 
 def _json(body: Mapping[str, Any], status: int = 200) -> web.Response:

@@ -104,7 +104,7 @@ class Answer:
     def __init__(
         self,
         endpoint: Endpoint,
-        request_id: str,
+        answer_id: str,
         model: str,
         created_unix_s: int,
         specs: Sequence[GenerationSpec],
@@ -113,7 +113,7 @@ class Answer:
         """`specs`: one for each prompt. Choices are numbered through: those of the first prompt, of the second, and so on."""
         self._endpoint = endpoint
         self._envelope = {
-            "id": f"{endpoint.id_prefix}-{request_id.removeprefix('req_')}",
+            "id": f"{endpoint.id_prefix}-{answer_id}",
             "created": created_unix_s,
             "model": model,
             "system_fingerprint": self.fingerprint,
@@ -160,9 +160,10 @@ class Answer:
         }
 
 
-def sse(payload: dict[str, Any]) -> bytes:
+def sse(payload: dict[str, Any], event_id: str = "") -> bytes:
     """One server-sent event."""
-    return f"data: {to_json(payload)}\n\n".encode()
+    begin = f"id: {event_id}\n" if event_id else ""
+    return f"{begin}data: {to_json(payload)}\n\n".encode()
 
 
 SSE_DONE = b"data: [DONE]\n\n"

@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from aiohttp import web
 
-from router.generation import GenerationEvent
+from router.generation import ChoiceOutput, GenerationEvent
 from router.metrics import RequestMeter
 from router.openai.errors import STREAM_STARTED, error_body
+from router.openai.event_ids import EventIds
 from router.openai.responses import SSE_DONE, Answer, sse
 from router.service import Service
 from segue.errors import RequestCancelled, SegueError
@@ -24,6 +25,7 @@ async def stream_answer(
     request: web.Request,
     answer: Answer,
     events: NumberedEvents,
+    ids: EventIds,
     meter: RequestMeter,
     *,
     include_usage: bool,
@@ -31,7 +33,7 @@ async def stream_answer(
     """Raises the SegueError of a request that fails before its first output."""
     response = web.StreamResponse(headers=_HEADERS)
     try:
-        async for data in _chunks(answer, events, include_usage=include_usage):
+        async for data in _chunks(answer, events, ids, include_usage=include_usage):
             await _send(service, request, response, data)
         await _send(service, request, response, SSE_DONE)
     except RequestCancelled:
@@ -45,10 +47,15 @@ async def stream_answer(
     return response
 
 
-async def _chunks(answer: Answer, events: NumberedEvents, *, include_usage: bool) -> AsyncIterator[bytes]:
+async def _chunks(answer: Answer, events: NumberedEvents, ids: EventIds, *, include_usage: bool) -> AsyncIterator[bytes]:
     async for prompt, event in events:
-        if (chunk := answer.chunk(prompt, event, usage_follows=include_usage)) is not None:
-            yield sse(chunk)
+        chunk = answer.chunk(prompt, event, usage_follows=include_usage)
+        if isinstance(event, ChoiceOutput):
+            ids.note(prompt, event)
+            if event.is_seen:
+                continue
+        if chunk is not None:
+            yield sse(chunk, ids.last())
     if include_usage:
         yield sse(answer.usage_chunk())
 

@@ -14,11 +14,14 @@ from segue.wire import finish_reason_from_pb, token_from_pb
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The router took the request. Comes again if the request had to be sent again, which only happens before any output."""
+    """The router took the request. Comes again if the request had to be sent again before any output; a stream that is resumed
+    after that does not show it."""
 
     request_id: str
     model: str
     num_prompt_tokens: int
+    # The one given, or the one drawn.
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,11 @@ from segue.errors import DeadlineExceeded, SegueError
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Pauses double from `initial_pause_s` to `max_pause_s`, each shortened at random by up to half."""
+    """Pauses double from `initial_pause_s` to `max_pause_s`, each shortened at random by up to half. So many attempts in a row
+    may fail: one that gave output begins the count anew. Without `resume` a stream that breaks after that has failed."""
 
     max_attempts: int = 3
+    resume: bool = True
     initial_pause_s: float = 0.1
     max_pause_s: float = 2.0
 
@@ -54,13 +56,16 @@ class Attempts:
             raise DeadlineExceeded("the time allowed for the call is over")
         return left_s
 
-    def output_began(self) -> None:
-        """Part of the answer went to the caller: from here on a failure is final."""
+    def output_came(self) -> None:
+        """Part of the answer went to the caller."""
         self._output_began = True
+        if self._policy.max_attempts > 1:
+            self._num_begun = 1
 
     def pause_s(self, failure: Failure) -> float:
         """Seconds to wait before the next attempt. Raises the failure's error when there shall be none."""
-        if self._output_began or not failure.may_retry or self._num_begun >= self._policy.max_attempts:
+        is_final = self._output_began and not self._policy.resume
+        if is_final or not failure.may_retry or self._num_begun >= self._policy.max_attempts:
             raise failure.error
         pause_s = self._policy.pause_s(self._num_begun, self._draw())
         left_s = self._left_s()

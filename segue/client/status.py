@@ -66,6 +66,17 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterStatus:
+    """Addresses are host:port; routers of one host may share them."""
+
+    router_id: str
+    grpc_address: str
+    http_address: str
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterStatus:
     model: str
     workers: tuple[WorkerStatus, ...]
@@ -74,6 +85,7 @@ class ClusterStatus:
     # False while the membership store cannot be reached: `workers` is then the last list known.
     membership_fresh: bool
     version: str
+    routers: tuple[RouterStatus, ...] = ()
 
     @property
     def missing_roles(self) -> tuple[str, ...]:
@@ -97,6 +109,7 @@ def status_from_pb(message: pb.GetClusterStatusResponse) -> ClusterStatus:
         active_requests=message.active_requests,
         membership_fresh=message.membership_fresh,
         version=message.version,
+        routers=tuple(copy_fields(RouterStatus, router) for router in message.routers),
     )
 
 

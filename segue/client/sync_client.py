@@ -16,6 +16,7 @@ from segue.client.events import Completed, Event, Output, event_from_pb
 from segue.client.failures import failure_from_rpc
 from segue.client.requests import GenerateOptions, Prompt, generate_request, tokenize_request
 from segue.client.results import Generation, GenerationBuilder
+from segue.client.resumption import Resumption
 from segue.client.retry import Attempts, ReadinessWait, RetryPolicy
 from segue.errors import InternalError, NoWorker, RequestCancelled, SegueError
 from segue.v1 import inference_pb2 as pb
@@ -142,7 +143,7 @@ class GenerationStream:
         sleep: Callable[[float], None],
     ) -> None:
         self._stub = stub
-        self._request = request
+        self._resumption = Resumption(request)
         self._attempts = attempts
         self._address = address
         self._sleep = sleep
@@ -175,7 +176,7 @@ class GenerationStream:
             self._sleep(pause_s)
 
     def _attempt(self) -> Iterator[Event]:
-        call = self._call = self._stub.Generate(self._request, timeout=self._attempts.begin())
+        call = self._call = self._stub.Generate(self._resumption.request(), timeout=self._attempts.begin())
         try:
             # cancel() may have come before the call was there to be cancelled.
             if self._cancelled:
@@ -183,8 +184,8 @@ class GenerationStream:
             for message in call:
                 event = event_from_pb(message)
                 if isinstance(event, Output):
-                    self._attempts.output_began()
-                if event is not None:
+                    self._attempts.output_came()
+                if event is not None and self._resumption.see(event):
                     yield event
                 if isinstance(event, Completed):
                     return

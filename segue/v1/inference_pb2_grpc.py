@@ -62,7 +62,7 @@ class InferenceServiceServicer:
     def Generate(self, request, context):
         """Continues a prompt. The stream holds one `started`, then `output` events as tokens are made, then exactly one
         `completed`; or it ends with a gRPC error whose trailing metadata says more (see below). Ending the call cancels
-        the request and frees all it held.
+        the request and frees all it held. A stream that breaks can be gone on with: see `resume`.
 
         Errors carry trailing metadata: `segue-error-code` (a stable word, e.g. worker_lost), `segue-error-field` (the
         request field at fault, if one is) and `segue-error-retryable` ("true" when sending the same request again can help).

@@ -39,7 +39,7 @@ class InferenceServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt. The stream holds one `started`, then `output` events as tokens are made, then exactly one
     `completed`; or it ends with a gRPC error whose trailing metadata says more (see below). Ending the call cancels
-    the request and frees all it held.
+    the request and frees all it held. A stream that breaks can be gone on with: see `resume`.
 
     Errors carry trailing metadata: `segue-error-code` (a stable word, e.g. worker_lost), `segue-error-field` (the
     request field at fault, if one is) and `segue-error-retryable` ("true" when sending the same request again can help).
@@ -57,7 +57,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt. The stream holds one `started`, then `output` events as tokens are made, then exactly one
     `completed`; or it ends with a gRPC error whose trailing metadata says more (see below). Ending the call cancels
-    the request and frees all it held.
+    the request and frees all it held. A stream that breaks can be gone on with: see `resume`.
 
     Errors carry trailing metadata: `segue-error-code` (a stable word, e.g. worker_lost), `segue-error-field` (the
     request field at fault, if one is) and `segue-error-retryable` ("true" when sending the same request again can help).
@@ -78,7 +78,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Continues a prompt. The stream holds one `started`, then `output` events as tokens are made, then exactly one
         `completed`; or it ends with a gRPC error whose trailing metadata says more (see below). Ending the call cancels
-        the request and frees all it held.
+        the request and frees all it held. A stream that breaks can be gone on with: see `resume`.
 
         Errors carry trailing metadata: `segue-error-code` (a stable word, e.g. worker_lost), `segue-error-field` (the
         request field at fault, if one is) and `segue-error-retryable` ("true" when sending the same request again can help).

@@ -712,6 +712,40 @@ class WorkerDraining(_message.Message):
 Global___WorkerDraining: _TypeAlias = WorkerDraining  # noqa: Y015
 
 @_typing.final
+class RouterRecord(_message.Message):
+    """What a router says of itself to the membership store, under a lease that it renews."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    GRPC_ADDRESS_FIELD_NUMBER: _builtins.int
+    HTTP_ADDRESS_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    grpc_address: _builtins.str
+    """Where clients reach it, host:port. Routers of one host may share these."""
+    http_address: _builtins.str
+    pid: _builtins.int
+    host: _builtins.str
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+        grpc_address: _builtins.str = ...,
+        http_address: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        host: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_address", b"grpc_address", "host", b"host", "http_address", b"http_address", "pid", b"pid", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterRecord: _TypeAlias = RouterRecord  # noqa: Y015
+
+@_typing.final
 class WorkerRecord(_message.Message):
     """What a worker says of itself to the membership store, under a lease that it renews."""
 

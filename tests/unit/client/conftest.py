@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from segue.errors import SegueError
+from segue.errors import SegueError, WorkerLost
 from segue.v1 import inference_pb2 as pb
 from segue.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 
@@ -33,6 +33,27 @@ def output(
 
 
 WHOLE_ANSWER = [STARTED, output("Hel", 7), output("lo", 8, finish=pb.FINISH_REASON_LENGTH), COMPLETED]
+
+
+def broken_streams() -> list[list[Any]]:
+    """Three streams that make one answer of two choices: two break."""
+    started = pb.GenerateResponse(started=pb.Started(request_id="r-1", model="tiny", num_prompt_tokens=3, seed=2**64 - 1))
+    stop = pb.FINISH_REASON_STOP
+    return [
+        [started, output("a", 1), output("b", 2, 3, choice=1), WorkerLost("died")],
+        [started, output("c", 4, choice=1), output("!", 5, choice=1, finish=stop), WorkerLost("died")],
+        [started, output("d", 6, finish=stop), COMPLETED],
+    ]
+
+
+def check_resumed(requests: list[pb.GenerateRequest]) -> None:
+    first, second, third = requests
+    assert not first.HasField("resume")
+    choice = pb.ResumedChoice
+    assert second.resume == pb.Resume(seed=2**64 - 1, choices=[choice(token_ids=[1]), choice(token_ids=[2, 3])])
+    assert third.resume.choices == [choice(token_ids=[1]), choice(token_ids=[2, 3, 4, 5], finished=True)]
+    second.ClearField("resume")
+    assert second == first, "all else is as it was"
 
 
 @dataclass
@@ -131,6 +152,8 @@ def script() -> Any:
         completed = COMPLETED
         whole_answer = WHOLE_ANSWER
         output = staticmethod(output)
+        broken_streams = staticmethod(broken_streams)
+        check_resumed = staticmethod(check_resumed)
         bare_status = BareStatus
 
     return Vocabulary

@@ -140,11 +140,23 @@ async def test_a_retry_that_succeeds_gives_one_clean_answer(router: Any, client:
     assert len(router.requests) == 3
 
 
-async def test_nothing_is_retried_once_output_began(router: Any, client: AsyncClient, naps: Any, script: Any) -> None:
-    router.scripts = [[script.started, script.output("a", 1), WorkerLost("died")], script.whole_answer]
-    with pytest.raises(WorkerLost):
-        await client.generate("x")
-    assert (len(router.requests), naps.taken_s) == (1, [])
+async def test_a_broken_stream_is_gone_on_with(router: Any, client: AsyncClient, naps: Any, script: Any) -> None:
+    router.scripts = script.broken_streams()
+    async with client.stream("x", num_choices=2) as stream:
+        events = [event async for event in stream]
+    assert [type(event).__name__ for event in events] == ["Started", *["Output"] * 5, "Completed"]
+    texts = ["".join(event.text for event in events if isinstance(event, Output) and event.choice == n) for n in range(2)]
+    assert texts == ["ad", "bc!"]
+    assert len(naps.taken_s) == 2
+    script.check_resumed(router.requests)
+
+
+async def test_a_broken_stream_has_failed_where_it_shall_not_be_resumed(router: Any, naps: Any, script: Any) -> None:
+    router.scripts = script.broken_streams()
+    async with AsyncClient(router.address, retry=RetryPolicy(resume=False)) as client:
+        with pytest.raises(WorkerLost):
+            await client.generate("x")
+    assert len(router.requests) == 1
 
 
 async def test_errors_not_marked_retryable_are_final_and_keep_their_field(router: Any, client: AsyncClient) -> None:

@@ -22,7 +22,7 @@ from deploy.cli.chat import chat
 from deploy.cli.generate import generate
 from deploy.cli.status import blocks_bar, render, status
 from segue.client import ClusterStatus, Completed, Output, RequestPath, Started, WorkerLoad, WorkerStatus
-from segue.errors import NoWorker, WorkerLost
+from segue.errors import InternalError, NoWorker
 from segue.sampling import FinishReason, GeneratedToken
 from segue.v1 import inference_pb2 as pb
 
@@ -86,7 +86,7 @@ async def test_generate_refuses_what_is_not_text(run: Run) -> None:
 
 
 async def test_an_error_after_some_text_ends_the_command(router: Any, run: Run, script: Any) -> None:
-    router.scripts = [[script.started, script.output("Hel", 7), WorkerLost("decode-0 died")]]
+    router.scripts = [[script.started, script.output("Hel", 7), InternalError("decode-0 died")]]
     result = await run("generate", "x")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "Hel", "error: decode-0 died\n")
 
@@ -113,7 +113,7 @@ async def test_chat_sends_the_conversation_and_can_begin_anew(
 async def test_chat_goes_on_after_an_error_and_ends_with_its_input(
     router: Any, run: Run, script: Any, model_list: pb.ListModelsResponse
 ) -> None:
-    failing = [script.started, script.output("Hel", 7), WorkerLost("decode-0 died")]
+    failing = [script.started, script.output("Hel", 7), InternalError("decode-0 died")]
     refused = [NoWorker("no decode worker")]
     router.unary, router.scripts = [model_list], [refused, refused, refused, failing, script.whole_answer]
     result = await run("chat", stdin="lost\nhalf\nwhole\n")
@@ -228,7 +228,7 @@ def test_times_count_from_asking_to_the_first_token_and_on_from_there() -> None:
     token = GeneratedToken(1)
     pieces: list[str] = []
     events = [
-        Started("r", "tiny", 3),
+        Started("r", "tiny", 3, 0),
         Output(0, "", (token,), None),
         Output(0, "ab", (token,), None),
         Output(1, "not shown", (), None),

@@ -60,13 +60,26 @@ def test_a_pause_that_would_pass_the_deadline_is_not_taken() -> None:
         attempts.begin()
 
 
-def test_final_failures_and_begun_output_end_the_call() -> None:
-    attempts = Attempts(RetryPolicy(), None)
+@pytest.mark.parametrize("resume", [True, False])
+def test_final_failures_and_begun_output_end_the_call(resume: bool) -> None:
+    attempts = Attempts(RetryPolicy(max_attempts=2, resume=resume), None)
     attempts.begin()
     with pytest.raises(NoWorker):
         attempts.pause_s(Failure(NoWorker("none"), may_retry=False))
     assert attempts.pause_s(LOST) > 0
-    attempts.output_began()
+    attempts.begin()
+    attempts.output_came()
+    if resume:
+        assert attempts.pause_s(LOST) > 0, "it got on: the count begins anew"
+        attempts.begin()
+    with pytest.raises(Unreachable):
+        attempts.pause_s(LOST)
+
+
+def test_one_attempt_is_one_attempt() -> None:
+    attempts = Attempts(RetryPolicy(max_attempts=1), None)
+    attempts.begin()
+    attempts.output_came()
     with pytest.raises(Unreachable):
         attempts.pause_s(LOST)
 

@@ -90,14 +90,15 @@ async def test_a_stream_is_read_once(router: Any, client: Client, script: Any) -
         next(iter(stream))
 
 
-async def test_retries_before_output_only(router: Any, client: Client, naps: Any, script: Any) -> None:
+async def test_retries_before_output_and_after(router: Any, client: Client, naps: Any, script: Any) -> None:
     router.scripts = [[script.started, WorkerLost("died")], script.whole_answer]
     assert (await asyncio.to_thread(client.generate, "x")).text == "Hello"
     assert (len(router.requests), len(naps.taken_s)) == (2, 1)
-    router.scripts = [[script.started, script.output("a", 1), WorkerLost("died")]]
-    with pytest.raises(WorkerLost):
-        await asyncio.to_thread(client.generate, "x")
-    assert (len(router.requests), len(naps.taken_s)) == (3, 1)
+    router.requests.clear()
+    router.scripts = script.broken_streams()
+    answer = await asyncio.to_thread(client.generate, "x", num_choices=2)
+    assert [choice.text for choice in answer.choices] == ["ad", "bc!"]
+    script.check_resumed(router.requests)
 
 
 async def test_errors_keep_their_field(router: Any, client: Client) -> None:

@@ -95,6 +95,9 @@ OTHER_VALUES: dict[str, Any] = {
     "kv_pull": False,
     "kv_transport": "tcp",
     "chaos": "seed=1,drop=0.01",
+    "policy": "round_robin",
+    "disaggregate": "always",
+    "routers": 3,
 }
 
 

@@ -38,7 +38,7 @@ async def test_a_cluster_from_start_to_end(stub_programs: Programs, children: Ca
     async with Launch(SETTINGS, stages.append, stub_programs) as cluster:
         assert [stage.name for stage in stages if stage.state == "done"][-1] == "ready"
         infos = {info.name: info for info in await cluster.processes()}
-        assert list(infos) == ["router", "decode-0", "prefill-0", "ray", "valkey"]
+        assert list(infos) == ["router-0", "decode-0", "prefill-0", "ray", "valkey"]
         assert {info.pid for info in infos.values()} <= children()
         assert all(info.memory_bytes for info in infos.values())
         watching = asyncio.create_task(cluster.watch(notes.put_nowait))

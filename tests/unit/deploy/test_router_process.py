@@ -63,7 +63,7 @@ async def test_a_router_that_dies_comes_back_on_the_same_port(
         keeping = asyncio.create_task(router.keep(notes.put_nowait))
         os.kill(pid, signal.SIGKILL)
         assert (await notes.get()).startswith("router was killed by SIGKILL, starting it again")
-        assert (await notes.get()) == f"the router serves again, pid {router.child.pid}"
+        assert (await notes.get()) == f"router serves again, pid {router.child.pid}"
         assert (router.http, router.child.pid == pid) == (http, False)
         assert (await asyncio.to_thread(ask, http, "/ready")).is_ok
         keeping.cancel()

@@ -400,7 +400,10 @@ async def test_a_worker_that_says_nothing_is_given_up(membership: Membership, mo
             await collect(coordinator, SequencePath())
 
 
-async def test_a_worker_whose_step_does_not_end_is_given_up_but_heard_on(membership: Membership) -> None:
+async def test_a_worker_whose_step_does_not_end_is_given_up_but_heard_on(
+    membership: Membership, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segue.worker_link.LOAD_INTERVAL_S", 3600.0)
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(scripted_worker(membership, "both-0", silent))
         coordinator = await stack.enter_async_context(router(membership, num_workers=1))

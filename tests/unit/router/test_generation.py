@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 from router.fake import FakeSequenceServer, ScriptItem, token_steps
 from router.generation import ChoiceOutput, GenerationDone, generate
 from router.merge import merge
-from router.options import GenerationOptions, GenerationSpec, ModelLimits, build_spec, choice_seed
+from router.options import GenerationOptions, GenerationSpec, ModelLimits, Seen, build_spec, choice_seed
 from router.sequence import SequenceRequest, TokenStep
 from router.text import Tokenizer
-from segue.errors import InternalError, WorkerLost
+from segue.errors import InternalError, InvalidRequest, WorkerLost
 from segue.sampling import FinishReason, GeneratedToken
 
 LIMITS = ModelLimits(max_context=512, vocab_size=400, eos_token_ids=(1,))
@@ -197,3 +198,75 @@ async def test_merge_raises_the_first_failure() -> None:
     with pytest.raises(WorkerLost):
         _ = [item async for item in merge([count_to(number, closed) for number in (9, 3, 9)])]
     assert sorted(closed) == [3, 9, 9]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+async def test_an_answer_goes_on_where_its_stream_broke(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Cut anywhere, in tokens or only counted, the texts before and after the cut are the whole, and so are the usages."""
+    text = data.draw(st.text(alphabet="abé🙂 \n", min_size=2, max_size=12))
+    token_ids = tokenizer.encode(text)
+    stop = data.draw(st.lists(st.text(alphabet="abé🙂 ", min_size=1, max_size=3), max_size=2))
+    spec = spec_of(seed=3, stop=tuple(stop), max_tokens=len(token_ids))
+    sizes = data.draw(st.lists(st.integers(1, 3), min_size=len(token_ids), max_size=len(token_ids)))
+
+    def script(request: SequenceRequest) -> list[ScriptItem]:
+        rest, steps = token_ids[len(request.output_token_ids) :], list[ScriptItem]()
+        for size in sizes:
+            if rest:
+                is_last = size >= len(rest)
+                tokens = tuple(GeneratedToken(token_id) for token_id in rest[:size])
+                steps.append(TokenStep(tokens, FinishReason.LENGTH if is_last else None))
+                rest = rest[size:]
+        return steps
+
+    server = FakeSequenceServer(script)
+    outputs = [event async for event in generate(server, tokenizer, spec)]
+    done = outputs.pop()
+    choice_outputs = [output for output in outputs if isinstance(output, ChoiceOutput)]
+    cut = data.draw(st.integers(0, len(choice_outputs) - 1))
+    had, missing = choice_outputs[:cut], choice_outputs[cut:]
+    tokens = tuple(token.token_id for output in had for token in output.tokens)
+    seen = data.draw(st.sampled_from([Seen(tokens), Seen(num_untold=len(tokens))]))
+    again = [event async for event in generate(server, tokenizer, replace(spec, seen=(seen,)))]
+    done_again = again.pop()
+    new = [event for event in again if isinstance(event, ChoiceOutput) and not event.is_seen]
+    assert "".join(event.text for event in new) == "".join(event.text for event in missing)
+    assert [t for event in new for t in event.tokens] == [t for event in missing for t in event.tokens]
+    assert new[-1].finish_reason == missing[-1].finish_reason
+    assert isinstance(done, GenerationDone)
+    assert isinstance(done_again, GenerationDone)
+    assert done_again.num_output_tokens == done.num_output_tokens
+
+
+async def test_a_choice_that_is_finished_is_not_served_again(tokenizer: Tokenizer) -> None:
+    server = FakeSequenceServer(lambda request: token_steps(tokenizer.encode("fox")[len(request.output_token_ids) :]))
+    finished = Seen(tuple(tokenizer.encode("fox")), is_finished=True)
+    spec = replace(spec_of(num_choices=2, seed=7), seen=(finished,))
+    events = [event async for event in generate(server, tokenizer, spec)]
+    assert [request.sequence_id for request in server.requests] == ["r-1"]
+    assert {event.choice for event in events if isinstance(event, ChoiceOutput)} == {1}
+    assert isinstance(events[-1], GenerationDone)
+    assert events[-1].num_output_tokens == 2 * len(tokenizer.encode("fox"))
+
+
+@pytest.mark.parametrize(
+    ("seen", "problem"),
+    [
+        ([Seen(), Seen()], "has 2 choices, of 1"),
+        ([Seen((400,))], "token id 400"),
+        ([Seen((5,) * 9)], "has 9 tokens, of 8"),
+        ([Seen((5,) * 8)], "has all its tokens"),
+        ([Seen((5, 1))], "has all its tokens"),
+    ],
+)
+def test_what_cannot_have_been_seen_is_refused(seen: list[Seen], problem: str) -> None:
+    with pytest.raises(InvalidRequest, match=problem) as caught:
+        build_spec("r", (5, 6), GenerationOptions(max_tokens=8), LIMITS, max_sequence_tokens=None, names={}, seen=seen)
+    assert caught.value.field == "resume"
+
+
+async def test_a_stop_string_that_was_seen_is_refused(tokenizer: Tokenizer) -> None:
+    spec = replace(spec_of(stop=("fox",)), seen=(Seen(tuple(tokenizer.encode("a fox b"))),))
+    with pytest.raises(InvalidRequest, match="it is finished"):
+        await anext(generate(FakeSequenceServer(lambda _: []), tokenizer, spec))

@@ -29,7 +29,7 @@ async def stream_events(http: httpx.AsyncClient, path: str, body: dict[str, Any]
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         async for line in response.aiter_lines():
-            if line:
+            if line.startswith("data: "):
                 data = line.removeprefix("data: ")
                 events.append(data if data == "[DONE]" else json.loads(data))
     return events
@@ -366,3 +366,64 @@ async def test_ready_sends_a_canary_all_the_way(serve: ServeFront, say: Say) -> 
         assert missing.status_code == 503
         assert missing.headers["retry-after"] == "1"
         assert missing.json() == {"ready": False, "reason": "no live worker for decode", "missing_roles": ["decode"]}
+
+
+async def stream_with_ids(
+    http: httpx.AsyncClient, path: str, body: dict[str, Any], last_event_id: str = ""
+) -> tuple[list[tuple[str, Any]], httpx.Response]:
+    """(id, payload) of each event; that of [DONE] is empty."""
+    events, event_id = [], ""
+    headers = {"Last-Event-ID": last_event_id} if last_event_id else {}
+    async with http.stream("POST", path, json=body | {"stream": True}, headers=headers) as response:
+        if response.status_code != 200:
+            await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("id: "):
+                event_id = line.removeprefix("id: ")
+            elif line.startswith("data: "):
+                data = line.removeprefix("data: ")
+                events.append((event_id, data if data == "[DONE]" else json.loads(data)))
+                event_id = ""
+    return events, response
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", completion(n=2, prompt=["the quick", "the quick"], logprobs=1)),
+        ("/v1/completions", completion(stop=["is h"], seed=5)),
+        ("/v1/chat/completions", chat(n=3, stream_options={"include_usage": True})),
+    ],
+)
+async def test_a_stream_goes_on_after_any_of_its_events(path: str, body: dict[str, Any], serve: ServeFront, say: Say) -> None:
+    """On another router, which draws other seeds: all that the script is asked for must be told by the id."""
+    async with serve(say("the answer is here 🦊")) as running:
+        whole, _ = await stream_with_ids(running.http, path, body)
+        seeds = {request.sampling.seed for request in running.core.requests}
+    assert whole[-1] == ("", "[DONE]")
+    with_ids = [event_id for event_id, _ in whole if event_id]
+    assert len(set(with_ids)) == len(with_ids) >= len(whole) - 2, "each chunk has an id of its own, but for usage and [DONE]"
+
+    def payloads(events: list[tuple[str, Any]]) -> list[Any]:
+        """But for what is another's: when it was made, and what was cached then."""
+        for _, data in events:
+            if data != "[DONE]":
+                data["created"] = 0
+                (data.get("usage") or {}).pop("prompt_tokens_details", None)
+        return [data for _, data in events]
+
+    async with serve(say("the answer is here 🦊")) as running:
+        for place in range(0, len(with_ids), 3):
+            rest, _ = await stream_with_ids(running.http, path, body, with_ids[place])
+            assert sorted(map(repr, payloads(rest))) == sorted(map(repr, payloads(whole[place + 1 :])))
+        assert {request.sampling.seed for request in running.core.requests} == seeds
+
+
+@pytest.mark.parametrize(
+    "event_id", ["x", "0" * 24 + ":1:", "0" * 24 + f":{2**64}:1", "0" * 24 + ":1:1.1", "0" * 24 + ":1:600", "1." * 40_000]
+)
+async def test_a_made_up_event_id_is_refused(event_id: str, serve: ServeFront, say: Say) -> None:
+    async with serve(say("fox"), max_body=10**6) as running:
+        events, response = await stream_with_ids(running.http, "/v1/completions", completion(), event_id[:8000])
+        assert (events, response.status_code) == ([], 400)
+        assert response.json()["error"]["param"] in {"Last-Event-ID", "resume"}
