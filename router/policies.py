@@ -45,6 +45,8 @@ class Situation:
     # Candidates for either side; those in both are colocated workers, which pair with themselves.
     prefills: Mask
     decodes: Mask
+    # Rows whose memory holds the prompt and the longest answer.
+    roomy: Mask
     # Prompt, and what was generated before.
     num_tokens: int
     # How many more are expected.
@@ -206,7 +208,7 @@ def _best_joined(situation: Situation) -> Choice | None:
     decode_is_full = False
     if situation.may_join:
         decode_is_full = bool(np.all(situation.lacks_memory[situation.decodes]))
-        idle = situation.prefills & (rows["queued_tokens"] == 0)
+        idle = situation.prefills & situation.roomy & (rows["queued_tokens"] == 0)
         candidates = candidates | (idle if decode_is_full else situation.decodes & (situation.prompt_ms <= MAX_STALL_MS))
     if not candidates.any():
         return None

@@ -60,7 +60,7 @@ def situation(workers: list[WorkerFacts], cached: list[int] | None = None, **val
     rows = fleet.rows
     known = np.zeros(len(rows), np.int64)
     known[: len(cached or [])] = cached or []
-    given_values = {"num_tokens": 100, "expected_tokens": 50.0, "cached": known} | values
+    given_values = {"num_tokens": 100, "expected_tokens": 50.0, "cached": known, "roomy": rows["capacity_tokens"] > 0} | values
     return Situation(rows=rows, prefills=rows["prefills"], decodes=rows["decodes"], **given_values)  # type: ignore[arg-type]
 
 
@@ -92,7 +92,7 @@ def naive(s: Situation) -> list[Choice]:
     full = all((s.num_tokens - s.cached[d]) // s.rows[d]["block_size"] + 1 > s.rows[d]["available_blocks"] for d in decodes)
     for row in {*prefills, *decodes}:
         is_both = row in prefills and row in decodes
-        is_idle = row in prefills and s.rows[row]["queued_tokens"] == 0
+        is_idle = row in prefills and s.roomy[row] and s.rows[row]["queued_tokens"] == 0
         is_short = row in decodes and prompt_ms(row) <= MAX_STALL_MS
         if is_both or (s.may_join and (is_idle if full else is_short)):
             delayed = s.rows[row]["sequences"] * prompt_ms(row)
@@ -109,7 +109,7 @@ workers = st.builds(
     formats=st.just(1),
     host=st.integers(0, 2),
     block_size=st.sampled_from([8, 16]),
-    capacity_tokens=st.just(10_000),
+    capacity_tokens=st.sampled_from([0, 10_000, 10_000]),
     queued_tokens=st.sampled_from([0, 0, 50, 300]),
     sequences=st.integers(0, 20),
     available_blocks=st.integers(0, 40),
