@@ -47,6 +47,7 @@ def make_workers(count: int, chance: random.Random) -> Workers:
             host=f"host-{number // _WORKERS_PER_HOST}",
             layout_fingerprint="f",
             number_formats="int8",
+            pulls_kv=True,
             total_blocks=10_000,
             block_size=_BLOCK_SIZE,
         )

@@ -175,6 +175,7 @@ class Worker:
             draining=self.draining,
             num_ranks=engine.layout.num_ranks,
             number_formats=settings.number_formats,
+            pulls_kv=settings.kv_pull,
         )
 
     def load(self) -> WorkerLoad:

@@ -103,12 +103,13 @@ class Placement:
         if choice.reason != COLOCATED:
             self._is_split = choice.reason == DISAGGREGATED
         num_tokens, decode = len(wanted.token_ids), self._link(choice.decode)
+        num_known = int(max(cached[choice.prefill], cached[choice.decode] if rows["pulls_kv"][choice.prefill] else 0))
         return Placed(
             self._link(choice.prefill),
             decode,
             choice,
             self,
-            num_queued=max(num_tokens - int(cached[choice.prefill]), 1),
+            num_queued=max(num_tokens - num_known, 1),
             num_blocks=(num_tokens - int(cached[choice.decode])) // decode.record.block_size + 1,
         )
 
@@ -139,7 +140,7 @@ class Placement:
                     cached=cached,
                     hand_over_ms=min((ms for ms in (near_ms, far_ms) if ms > 0), default=0.0),
                     near_ms_per_token=near_ms_per_token,
-                    far_ms_per_token=far_ms_per_token,
+                    far_ms_per_token=max(far_ms_per_token, near_ms_per_token),
                     may_join=self._may_join and _compute_alike(rows, here),
                     turn=self._turn,
                     draw=draw,

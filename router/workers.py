@@ -211,6 +211,7 @@ class WorkerLink:
             layout=self._fleet.number(record.layout_fingerprint),
             formats=self._fleet.number(record.number_formats),
             host=self._fleet.number(record.host),
+            pulls_kv=record.pulls_kv,
             block_size=record.block_size,
             capacity_tokens=self.capacity_tokens,
             # Of what it told, half a second ago perhaps, what was not this router's.

@@ -175,6 +175,18 @@ def test_a_worker_that_leaves_is_forgotten_with_its_cache(workers: Workers) -> N
     assert pair(placement, wanted()) == ("p0", "d0"), "the row's next worker has none of it"
 
 
+@pytest.mark.parametrize(("pulls_kv", "num_queued"), [(True, 2), (False, 10)])
+def test_what_is_fetched_from_decode_is_not_queued(workers: Workers, pulls_kv: bool, num_queued: int) -> None:
+    prefill, decode = join(workers, "p0", "prefill"), join(workers, "d0", "decode")
+    prefill.record.pulls_kv = pulls_kv
+    prefill.charge()
+    stored = b"".join(block_hashes(range(10), 4))
+    decode._deliver(pb.LinkResponse(cache_events=pb.CacheEvents(number=1, snapshot=True, stored=stored)))
+    with Placement(workers, "cost", may_join=False).place(wanted(10)):
+        assert prefill.charged == Charge(tokens=num_queued)
+        assert decode.charged == Charge(sequences=1, blocks=1)
+
+
 def test_after_a_gap_nothing_is_known_until_a_snapshot(workers: Workers) -> None:
     join(workers, "p0", "prefill")
     known = join(workers, "p1", "prefill")
