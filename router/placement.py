@@ -147,10 +147,12 @@ class Placement:
                     is_split=self._is_split,
                 )
 
-    def _trusted(self, rows: Rows, suspects: Set[str]) -> Mask:
+    def _trusted(self, rows: Rows, suspects: Set[str]) -> Mask | None:
+        """None when all are."""
+        if not suspects:
+            return None
         trusted = np.ones(len(rows), np.bool_)
-        if suspects:
-            trusted[[link.row for link in self._workers.available() if link.record.worker_id in suspects]] = False
+        trusted[[link.row for link in self._workers.available() if link.record.worker_id in suspects]] = False
         return trusted
 
     def learn_hand_over(self, prefill: WorkerLink, decode: WorkerLink, num_tokens: int, seconds: float) -> None:
@@ -174,8 +176,10 @@ def _no_worker(prefills: Mask, decodes: Mask) -> NoWorker:
     )
 
 
-def _preferred(candidates: Mask, trusted: Mask) -> Mask:
+def _preferred(candidates: Mask, trusted: Mask | None) -> Mask:
     """Those that are trusted; all, if none is."""
+    if trusted is None:
+        return candidates
     preferred = candidates & trusted
     return preferred if preferred.any() else candidates
 

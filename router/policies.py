@@ -105,8 +105,7 @@ class Situation:
     @cached_property
     def lacks_memory(self) -> Mask:
         """Where the prompt does not fit into what is not leased now."""
-        needed = self.moved_tokens // np.maximum(self.rows["block_size"], 1) + 1
-        lacks: Mask = needed > self.rows["available_blocks"]
+        lacks: Mask = self.moved_tokens >= self.rows["available_blocks"] * self.rows["block_size"]
         return lacks
 
     @cached_property
@@ -116,9 +115,8 @@ class Situation:
 
 def _measured(column: Milliseconds, default: float) -> Milliseconds:
     """A worker that has measured nothing is taken to be like the others."""
-    known = column > 0
-    num_known = np.count_nonzero(known)
-    return column if num_known == len(column) else np.where(known, column, column.sum() / num_known if num_known else default)
+    num_known = np.count_nonzero(column)
+    return np.where(column, column, column.sum() / num_known if num_known else default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +210,7 @@ def _best_split(situation: Situation) -> Choice | None:
 def _least_ms(situation: Situation, senders: Mask, decodes: NDArray[np.intp]) -> Milliseconds:
     """For each of the rows `decodes`: no pair with it costs less."""
     unknown = situation.num_tokens - situation.cached[decodes]
-    prompt_ms = np.maximum(unknown, 1) * np.where(senders, situation.prefill_ms_per_token, np.inf).min()
+    prompt_ms = np.maximum(unknown, 1) * situation.prefill_ms_per_token.min()
     ahead_ms = np.where(senders, situation.queue_ms, np.inf).min() + situation.hand_over_ms
     least: Milliseconds = ahead_ms + prompt_ms + unknown * situation.near_ms_per_token + situation.decode_ms[decodes]
     return least
@@ -250,8 +248,10 @@ def _best_joined(situation: Situation) -> Choice | None:
     decode_is_full = False
     if situation.may_join:
         decode_is_full = bool(np.all(situation.lacks_memory[situation.decodes]))
-        idle = situation.prefills & situation.roomy & (rows["queued_tokens"] == 0)
-        candidates = candidates | (idle if decode_is_full else situation.decodes & (situation.prompt_ms <= MAX_STALL_MS))
+        if decode_is_full:
+            candidates = candidates | (situation.prefills & situation.roomy & (rows["queued_tokens"] == 0))
+        else:
+            candidates = candidates | (situation.decodes & (situation.prompt_ms <= MAX_STALL_MS))
     if not candidates.any():
         return None
     total = situation.first_token_ms + rows["sequences"] * situation.prompt_ms + situation.decode_ms
