@@ -10,10 +10,10 @@ PACKAGES := segue engine kv_transfer prefill_worker decode_worker router deploy 
 MODEL := $(or $(SEGUE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/segue)/models/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test proto format clean
+.PHONY: help install serve test test-deploy manifests proto format clean
 
 help: ## Show what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Set up .venv and fetch the default model, if they are not there
 	@test -d "$(MODEL)" || $(BIN)/segue models pull
@@ -27,7 +27,17 @@ test: install ## Run every check and test, as CI does; ARGS="..." goes to pytest
 	@echo "== types";        $(BIN)/mypy
 	@echo "== import rules"; $(BIN)/lint-imports --no-logo
 	@echo "== proto";        $(BIN)/python -m pytest -q --no-header tests/unit/test_proto_stubs.py
-	@echo "== tests";        $(BIN)/python -m pytest -q --no-header $(ARGS)
+	@echo "== unit tests";   $(BIN)/python -m pytest -q --no-header -n 2 --dist loadfile tests/unit $(ARGS)
+	@echo "== whole clusters"; $(BIN)/python -m pytest -q --no-header tests/integration tests/chaos tests/e2e $(ARGS)
+
+test-deploy: install ## Check chart, manifests and image with real tools, which it fetches; ARGS="..." goes to pytest
+	@$(BIN)/python tests/deploy/get_tools.py
+	@$(BIN)/python -m pytest -q --no-header tests/deploy $(ARGS)
+
+manifests: $(STAMP) ## Write deploy/kubernetes and the settings in the chart's schema anew
+	@$(BIN)/python tests/deploy/get_tools.py
+	@$(BIN)/python -m deploy.chart_schema
+	@$(BIN)/python -m tests.deploy.manifests
 
 proto: $(STAMP) ## Write the stubs in segue/v1 anew from proto/
 	@PYTHON=$(BIN)/python proto/generate.sh

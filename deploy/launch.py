@@ -88,7 +88,7 @@ class Launch:
     async def _start(self) -> Cluster:
         settings, enter = self._settings, self._stack.enter_async_context
         check_settings(settings)
-        cluster_id = secrets.token_hex(4)
+        cluster_id = settings.cluster_id or secrets.token_hex(4)
         logs = _new_log_folder(cluster_id)
         redis, valkey = await self._start_store(logs)
         membership = await enter(Membership(redis, cluster_id))

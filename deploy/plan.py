@@ -67,6 +67,7 @@ def plan_router(
         grpc_port=settings.grpc_port,
         policy=settings.policy,
         disaggregate=settings.disaggregate,
+        max_wait_s=settings.max_wait_s,
     )
 
 

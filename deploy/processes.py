@@ -23,6 +23,12 @@ def is_here(host: str) -> bool:
     return host in {socket.gethostname(), "localhost", "127.0.0.1", "::1"}
 
 
+def limit_threads(number: int) -> None:
+    """Of the numeric libraries in this process; they read it when they are loaded, which must come later."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(number)
+
+
 def usable_cores() -> int:
     """Cores that this process may keep busy: its affinity, and less where a cgroup has a CPU quota."""
     cores = len(os.sched_getaffinity(0))

@@ -16,14 +16,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypedDict
 
+from deploy.processes import limit_threads
 from segue.config import WorkerSettings
 from segue.errors import SegueError
 from segue.paths import logs_dir
 from segue.runtime import LOG_FORMAT
 
 START_MARK = "=== segue worker"
-# Read by the numeric libraries when they are loaded, which is after the actor's constructor.
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Outcome(TypedDict):
@@ -53,8 +52,7 @@ class Replica:
     def __init__(self, settings_json: str, spread: bool) -> None:
         settings = WorkerSettings.model_validate_json(settings_json)
         self._settings = settings.model_copy(update={"host": _node_address()}) if spread else settings
-        for name in _THREAD_VARIABLES:
-            os.environ[name] = str(self._settings.threads)
+        limit_threads(self._settings.threads)
         _redirect_output(worker_log(self._settings.cluster_id, self._settings.worker_id, self._settings.rank))
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT, force=True)
 

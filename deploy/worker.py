@@ -19,6 +19,7 @@ import grpc.aio
 
 from decode_worker.service import DecodeService
 from deploy.ranks import Meeting, remote_ranks, run_rank
+from deploy.worker_health import health_served
 from deploy.worker_parts import kv_ends, load_engine
 from engine.engine import Engine
 from kv_transfer.handover import Receiver, Sender
@@ -29,6 +30,7 @@ from kv_transfer.tensors import Memory
 from prefill_worker.service import PrefillService
 from segue.cache_feed import CacheFeed
 from segue.config import WorkerSettings
+from segue.errors import ConfigError
 from segue.membership import Membership, held_lease
 from segue.runtime import Wakeups, background, run_process, say_serving, stop_event
 from segue.v1 import worker_pb2
@@ -37,9 +39,6 @@ from segue.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 from segue.worker_link import LINK_OPTIONS, Leg, WorkerLinkServicer
 
 logger = logging.getLogger(__name__)
-
-# How long a worker that was told to stop waits for the sequences it has.
-DRAIN_TIMEOUT_S = 60.0
 
 
 async def run_worker(settings: WorkerSettings) -> None:
@@ -74,6 +73,9 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         await stack.enter_async_context(worker.legs())
         await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
+        if settings.health_port is not None:
+            health = health_served(bracketed(settings.host), settings.health_port, engine, lambda: worker.draining)
+            await stack.enter_async_context(health)
         yield worker
 
 
@@ -124,14 +126,18 @@ class Worker:
 
     @asynccontextmanager
     async def server(self) -> AsyncIterator[None]:
-        """Serves links on a port that the system picks."""
+        """Serves links. Raises ConfigError when the port is taken."""
         cache = CacheFeed(lambda: self.engine.pool.published)
         self.engine.pool.listener = cache
         self.servicer = WorkerLinkServicer(self.active_legs, self.record, self.load, cache)
         server = grpc.aio.server(options=LINK_OPTIONS)
         add_WorkerServiceServicer_to_server(self.servicer, server)
-        port = server.add_insecure_port(f"{self.settings.host}:0")
-        self.address = f"{self.settings.host}:{port}"
+        host = bracketed(self.settings.host)
+        try:
+            port = server.add_insecure_port(f"{host}:{self.settings.grpc_port}")
+        except RuntimeError as error:
+            raise ConfigError(f"grpc_port: cannot listen on {host}:{self.settings.grpc_port}: {error}") from None
+        self.address = f"{host}:{port}"
         await server.start()
         try:
             async with background(self.servicer.tell_of_cache()):
@@ -140,14 +146,14 @@ class Worker:
             await server.stop(grace=0.5)
 
     async def drain(self, cut_short: asyncio.Event) -> None:
-        """Takes nothing new, tells every router so, and waits for what runs, DRAIN_TIMEOUT_S at most."""
+        """Takes nothing new, tells every router so, and waits for what runs, `drain_s` at most."""
         self.draining = True
         logger.info("draining: %d sequences to finish", sum(leg.num_sequences for leg in self.active_legs))
         if self.servicer is not None:
             self.servicer.start_draining()
         finished = asyncio.create_task(self._wait_empty())
         told_again = asyncio.create_task(cut_short.wait())
-        await asyncio.wait({finished, told_again}, timeout=DRAIN_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({finished, told_again}, timeout=self.settings.drain_s, return_when=asyncio.FIRST_COMPLETED)
         if not finished.done():
             logger.warning("leaving with sequences unfinished")
         finished.cancel()
@@ -196,6 +202,11 @@ class Worker:
         for leg in self.active_legs:
             leg.add_load(load)
         return load
+
+
+def bracketed(host: str) -> str:
+    """As it stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 async def main() -> None:

@@ -77,6 +77,8 @@ async def kv_ends(settings: WorkerSettings, memory: Memory, epoch: int) -> Async
         identity,
         memory,
         host=settings.host,
+        # Every rank takes KV: those of one worker may have one host.
+        port=settings.kv_port + settings.rank if settings.kv_port else 0,
         transports=transports,
         lease_ms=settings.ticket_lease_ms,
         wire_dtype=settings.wire_dtype,

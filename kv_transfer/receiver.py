@@ -68,6 +68,7 @@ class KVReceiver:
         memory: Memory,
         *,
         host: str,
+        port: int = 0,
         transports: tuple[str, ...] = ("shm", "tcp"),
         lease_ms: int = 10_000,
         wire_dtype: str = "",
@@ -77,6 +78,7 @@ class KVReceiver:
         self._identity = identity
         self._memory = memory
         self._host = host
+        self._port = port
         self._transports = check_transports(transports, memory)
         self._lease_ms = lease_ms
         self._wire_dtype = wire_dtype
@@ -99,7 +101,7 @@ class KVReceiver:
         self._context = zmq.Context()
         try:
             longest = replace(self._memory.layout, dtype="float32").region_bytes
-            router, self.endpoint = await bind_receiver(self._context, self._host, longest)
+            router, self.endpoint = await bind_receiver(self._context, self._host, longest, self._port)
         except ConfigError:
             self._context.destroy()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket as net
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,8 +80,9 @@ class AsyncSocket:
             self._writable.set()
 
 
-async def bind_receiver(context: zmq.SyncContext, host: str, region_bytes: int) -> tuple[AsyncSocket, str]:
-    """A ROUTER on a port that the system picks, and its endpoint. Raises ConfigError when `host` is no address of this host."""
+async def bind_receiver(context: zmq.SyncContext, host: str, region_bytes: int, port: int = 0) -> tuple[AsyncSocket, str]:
+    """A ROUTER and its endpoint; the system picks a port where none is given. Raises ConfigError when `host` is no address of
+    this host, or when the port is taken."""
     socket = context.socket(zmq.ROUTER)
     _set_common(socket)
     # Sending to a peer that went away is then an error, which is how its loss is noticed.
@@ -92,9 +94,11 @@ async def bind_receiver(context: zmq.SyncContext, host: str, region_bytes: int) 
         address = str(found[0][4][0])
         is_v6 = found[0][0] == net.AF_INET6
         socket.setsockopt(zmq.IPV6, int(is_v6))
-        socket.bind(f"tcp://[{address}]:*" if is_v6 else f"tcp://{address}:*")
+        socket.bind(f"tcp://{f'[{address}]' if is_v6 else address}:{port or '*'}")
     except (net.gaierror, zmq.ZMQError) as error:
         socket.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"kv_port: port {port} is in use on {host}; give another one, or 0 for any free one") from None
         raise ConfigError(f"host: cannot listen on {host}: {error}; give an address of this machine") from None
     return AsyncSocket(socket), socket.getsockopt_string(zmq.LAST_ENDPOINT)
 

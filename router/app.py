@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from router.admission import Admission
 from router.coordinator import Coordinator
 from router.front import Front
 from router.placement import Placement
@@ -42,11 +43,17 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
     async with Membership(settings.redis, settings.cluster_id) as membership:
         async with Workers(membership, router_id, settings.model_name).running() as workers:
             placement = Placement(workers, settings.policy, may_join=settings.disaggregate == "auto")
+            admission = Admission(
+                workers.fleet,
+                max_active=settings.max_active_requests,
+                max_waiting=settings.max_waiting_requests,
+                max_wait_s=settings.max_wait_s,
+            )
             coordinator = Coordinator(
                 workers,
                 placement,
+                admission,
                 settings.model_name,
-                max_active=settings.max_active_requests,
                 max_attempts=settings.max_attempts,
                 timeout_s=settings.request_timeout_s,
             )

@@ -1,6 +1,6 @@
 """Serves one sequence: the whole of a request's way through the cluster, read from top to bottom.
 
-    place → reserve on decode (ticket) ∥ start prefill → first token to the client → receipt → decode tokens → release
+    wait → place → reserve on decode (ticket) ∥ start prefill → first token to the client → receipt → decode tokens → release
       ↑                                                                                                         │
       └── a worker is lost, hangs, or a hand-over fails: prompt + tokens so far, on other workers ←─────────────┘
 
@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
+from router.admission import Admission
 from router.attempt import Attempt
 from router.placement import Placed, Placement, Wanted
 from router.sequence import FailedAttempt, SequencePath, SequenceRequest, TokenStep
 from router.workers import Workers
-from segue.errors import NoWorker, Overloaded, SegueError, TransferError, error_from_code
+from segue.errors import NoWorker, SegueError, TransferError, error_from_code
 from segue.lifecycle import Phase
 from segue.v1 import inference_pb2
 
@@ -59,25 +59,24 @@ class Coordinator:
         self,
         workers: Workers,
         placement: Placement,
+        admission: Admission,
         model_name: str,
         *,
-        max_active: int,
         max_attempts: int,
         timeout_s: float,
     ) -> None:
         self._workers = workers
         self._placement = placement
+        self._admission = admission
         self._model_name = model_name
-        self._max_active = max_active
         self._max_attempts = max_attempts
         self._timeout_s = timeout_s
-        self._num_active = 0
 
     async def serve(self, request: SequenceRequest, path: SequencePath) -> AsyncGenerator[TokenStep, None]:
         """See SequenceServer.serve."""
         try:
-            with self._admitted():
-                serving = self._begin(request, path)
+            serving = self._begin(request, path)
+            async with self._admission.admitted(request, serving.deadline_s) as slot:
                 while not path.lifecycle.is_over:
                     placed = await self._place(serving)
                     try:
@@ -87,6 +86,7 @@ class Coordinator:
                             while not path.lifecycle.is_over:
                                 for step in await attempt.next_steps(serving.deadline_s):
                                     serving.token_ids += [token.token_id for token in step.tokens]
+                                    slot.generated(len(step.tokens))
                                     yield step
                     except SegueError as error:
                         self._fail_over(error, serving)
@@ -103,16 +103,6 @@ class Coordinator:
         if request.deadline_s is not None:
             deadline_s = min(deadline_s, request.deadline_s)
         return _Serving(request, path, deadline_s, [*request.prompt_token_ids, *request.output_token_ids])
-
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        if self._num_active >= self._max_active:
-            raise Overloaded(f"{self._num_active} requests are being served; try again later")
-        self._num_active += 1
-        try:
-            yield
-        finally:
-            self._num_active -= 1
 
     async def _place(self, serving: _Serving) -> Placed:
         """The pair of workers that shall serve the sequence. Where there is none, but was a moment ago, waits for it to come
@@ -148,7 +138,7 @@ class Coordinator:
         return inference_pb2.GetClusterStatusResponse(
             model=self._model_name,
             workers=[link.status() for link in self._workers.all()],
-            active_requests=self._num_active,
+            active_requests=self._admission.num_active + self._admission.num_waiting,
             membership_fresh=self._workers.membership_fresh,
             version=version("segue"),
             routers=[

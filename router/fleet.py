@@ -7,7 +7,7 @@ of them by itself, and computes with whole columns.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol, get_type_hints
 
 import numpy as np
@@ -39,6 +39,8 @@ class WorkerFacts(NamedTuple):
     queued_tokens: int
     # Sequences that decode here, or will.
     sequences: int
+    # Of those of this router, those that have no memory yet.
+    unreserved: int
     # KV blocks that are not leased.
     available_blocks: int
     # Measured lately; 0 while nothing was.
@@ -71,6 +73,8 @@ class Fleet:
         self._index = PrefixIndex()
         # By row: the number of the last cache events; None until the first snapshot, and after a gap.
         self._heard: dict[int, int | None] = {}
+        # Called whenever a row changed.
+        self.on_change: Callable[[], None] = lambda: None
 
     def join(self, member: Member) -> int:
         """Gives the member's row, its own until it leaves."""
@@ -105,6 +109,7 @@ class Fleet:
     def changed(self, row: int) -> None:
         """The member's facts are not what they were."""
         self.rows[row] = self.member(row).facts()
+        self.on_change()
 
     def number(self, name: str) -> int:
         """Stands for `name` in a column: equal names have equal numbers, no name has 0."""

@@ -29,7 +29,6 @@ from segue.config import RouterSettings
 from segue.errors import ConfigError, ModelFileError
 from segue.models.config import ModelConfig
 
-SHUTDOWN_GRACE_S = 10.0
 # Keep-alive connections that a client leaves open are closed by it first: a proxy's usual limit is 60 s.
 _KEEPALIVE_S = 75.0
 
@@ -43,8 +42,6 @@ class Front:
         tokenizer: Tokenizer,
         model_config: ModelConfig,
         server: SequenceServer,
-        *,
-        shutdown_grace_s: float = SHUTDOWN_GRACE_S,
     ) -> None:
         """Raises ModelFileError when the tokenizer makes tokens that the model does not have."""
         if tokenizer.num_token_ids > model_config.vocab_size:
@@ -53,7 +50,6 @@ class Front:
                 f"config.json a vocab_size of {model_config.vocab_size}"
             )
         self._settings = settings
-        self._shutdown_grace_s = shutdown_grace_s
         self.server = server
         self._exits = AsyncExitStack()
         self._http_port = self._grpc_port = 0
@@ -99,7 +95,7 @@ class Front:
         runner = web.AppRunner(
             build_application(self._service),
             handler_cancellation=True,
-            shutdown_timeout=self._shutdown_grace_s,
+            shutdown_timeout=self._settings.drain_s,
             keepalive_timeout=_KEEPALIVE_S,
             access_log=None,
         )
@@ -133,7 +129,7 @@ class Front:
 
     async def _stop(self, http: web.AppRunner, grpc_server: grpc.aio.Server) -> None:
         self.readiness.drain()
-        await asyncio.gather(grpc_server.stop(self._shutdown_grace_s), http.cleanup())
+        await asyncio.gather(grpc_server.stop(self._settings.drain_s), http.cleanup())
 
 
 def _address(host: str, port: int) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import grpc
@@ -17,6 +19,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from grpc_reflection.v1alpha import reflection
 
+from router.caller import ANONYMOUS
 from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
 from router.grpc_health import HEALTH_SERVICE_NAME, add_health
 from router.grpc_options import options_from_pb
@@ -68,7 +71,7 @@ class InferenceServicer:
     async def generate(self, data: bytes, context: _Context) -> None:
         async with _errors_abort(context):
             with self._service.metrics.track(_API) as meter:
-                spec = await self._plan(_parse(pb.GenerateRequest, data))
+                spec = await self._plan(_parse(pb.GenerateRequest, data), _deadline_s(context))
                 await self._send(context, self._started(spec))
                 async with aclosing(self._service.generate(spec)) as events:
                     async for event in events:
@@ -99,7 +102,7 @@ class InferenceServicer:
         _parse(pb.GetClusterStatusRequest, data)
         return self._service.server.status().SerializeToString()
 
-    async def _plan(self, request: pb.GenerateRequest) -> GenerationSpec:
+    async def _plan(self, request: pb.GenerateRequest, deadline_s: float | None) -> GenerationSpec:
         self._check_model(request.model)
         kind = request.WhichOneof("prompt")
         if kind is None:
@@ -110,7 +113,16 @@ class InferenceServicer:
         )
         names = {"prompt": kind, "logprobs": "num_logprobs"}
         token_ids = await self._prompt_token_ids(request)
-        return self._service.build_spec(new_request_id(), token_ids, options, names, continues_text=kind != "chat", seen=seen)
+        return self._service.build_spec(
+            new_request_id(),
+            token_ids,
+            options,
+            names,
+            continues_text=kind != "chat",
+            seen=seen,
+            caller=replace(ANONYMOUS, priority=request.priority),
+            deadline_s=deadline_s,
+        )
 
     async def _prompt_token_ids(self, request: pb.GenerateRequest) -> list[int]:
         if request.HasField("token_ids"):
@@ -144,6 +156,12 @@ class InferenceServicer:
     async def _send(self, context: _Context, response: pb.GenerateResponse) -> None:
         async with self._service.client_reads():
             await context.write(response.SerializeToString())
+
+
+def _deadline_s(context: _Context) -> float | None:
+    """The call's own, on the loop's clock."""
+    left_s = context.time_remaining()
+    return None if left_s is None else asyncio.get_running_loop().time() + left_s
 
 
 def event_to_pb(event: GenerationEvent) -> pb.GenerateResponse:
@@ -203,4 +221,6 @@ async def _abort(context: _Context, error: SegueError) -> None:
     metadata = [("segue-error-code", error.code), ("segue-error-retryable", str(error.retryable).lower())]
     if error.field is not None:
         metadata.append(("segue-error-field", error.field))
+    if error.retry_after_s is not None:
+        metadata.append(("segue-retry-after-ms", str(math.ceil(1000 * error.retry_after_s))))
     await context.abort(error.grpc_status, error.message, tuple(metadata))

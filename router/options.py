@@ -13,6 +13,7 @@ from segue.errors import InvalidRequest
 from segue.sampling import SamplingParams
 
 MAX_CHOICES = 16
+MAX_PRIORITY = 100
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 _SEED_BITS = 64
@@ -134,6 +135,8 @@ def build_spec(
     for a field (`prompt`, `num_choices`, `logprobs`, ...) where its API has another one.
     """
     try:
+        if abs(caller.priority) > MAX_PRIORITY:
+            raise InvalidRequest("priority", f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}, not {caller.priority}")
         room = _check_prompt(prompt_token_ids, limits, max_sequence_tokens)
         _check_stop(options.stop)
         sampling, num_choices = _sampling(options, limits, room), _num_choices(options)

@@ -51,14 +51,16 @@ class Placed:
         self._num_blocks = num_blocks
         self._placement = placement
         self._prefills = True
+        self._is_reserved = False
 
     def __enter__(self) -> Self:
         self.prefill.charge(tokens=self._num_queued)
-        self.decode.charge(sequences=1, blocks=self._num_blocks)
+        self.decode.charge(sequences=1, unreserved=1, blocks=self._num_blocks)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.end_prefill()
+        self.reserved()
         self.decode.charge(sequences=-1, blocks=-self._num_blocks)
 
     def end_prefill(self) -> None:
@@ -66,6 +68,12 @@ class Placed:
         if self._prefills:
             self._prefills = False
             self.prefill.charge(tokens=-self._num_queued)
+
+    def reserved(self) -> None:
+        """Decode has memory for it. Doing it twice does no harm."""
+        if not self._is_reserved:
+            self._is_reserved = True
+            self.decode.charge(unreserved=-1)
 
     def handed_over(self, num_tokens: int, seconds: float) -> None:
         """Decode holds the KV cache, of which so many tokens were sent, so long after the first token."""

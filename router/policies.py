@@ -110,7 +110,11 @@ class Situation:
 
     @cached_property
     def prefill_ms_per_token(self) -> Milliseconds:
-        return _measured(self.rows["prefill_ms_per_token"], DEFAULT_PREFILL_MS_PER_TOKEN)
+        return prefill_ms_per_token(self.rows)
+
+
+def prefill_ms_per_token(rows: Rows) -> Milliseconds:
+    return _measured(rows["prefill_ms_per_token"], DEFAULT_PREFILL_MS_PER_TOKEN)
 
 
 def _measured(column: Milliseconds, default: float) -> Milliseconds:

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from router.caller import ANONYMOUS, Caller
 from router.generation import GenerationEvent, generate
 from router.metrics import Metrics
 from router.options import GenerationOptions, GenerationSpec, ModelLimits, Seen, build_spec
@@ -59,6 +60,8 @@ class Service:
         *,
         continues_text: bool = True,
         seen: Sequence[Seen] = (),
+        caller: Caller = ANONYMOUS,
+        deadline_s: float | None = None,
     ) -> GenerationSpec:
         """See router.options.build_spec."""
         return build_spec(
@@ -70,6 +73,8 @@ class Service:
             names=names,
             continues_text=continues_text,
             seen=seen,
+            caller=caller,
+            deadline_s=deadline_s,
         )
 
     def generate(self, spec: GenerationSpec) -> AsyncGenerator[GenerationEvent, None]:

@@ -44,18 +44,19 @@ MAX_STEP_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class LineEvent:
-    """What a line hears: a message of its worker, or the error that ends it there."""
+    """What a line hears: a message of its worker, its part of a decode step, or the error that ends it there."""
 
     link: WorkerLink
-    said: worker_pb2.LinkResponse | SegueError
+    said: worker_pb2.LinkResponse | worker_pb2.SequenceTokens | SegueError
 
 
 class Charge(NamedTuple):
-    """What a router's sequences take of a worker: tokens of prompts that have no first token yet, sequences that decode there
-    or will, and KV blocks that the prompts of those need."""
+    """What a router's sequences take of a worker: tokens of prompts that have no first token yet; sequences that decode there
+    or will, of these those without a ticket yet, and the KV blocks that their prompts need."""
 
     tokens: int = 0
     sequences: int = 0
+    unreserved: int = 0
     blocks: int = 0
 
 
@@ -90,8 +91,11 @@ class WorkerLink:
         self._fleet.leave(self.row)
         self._row = None
 
-    def charge(self, *, tokens: int = 0, sequences: int = 0, blocks: int = 0) -> None:
-        self.charged = Charge(self.charged.tokens + tokens, self.charged.sequences + sequences, self.charged.blocks + blocks)
+    def charge(self, *, tokens: int = 0, sequences: int = 0, unreserved: int = 0, blocks: int = 0) -> None:
+        charged = self.charged
+        self.charged = Charge(
+            charged.tokens + tokens, charged.sequences + sequences, charged.unreserved + unreserved, charged.blocks + blocks
+        )
         self._changed()
 
     def _changed(self) -> None:
@@ -190,7 +194,7 @@ class WorkerLink:
                     self._fleet.hear_cache(self._row, message.cache_events)
             case "step_tokens":
                 for sequence in message.step_tokens.sequences:
-                    self._tell(sequence.key, worker_pb2.LinkResponse(step_tokens=worker_pb2.StepTokens(sequences=[sequence])))
+                    self._tell(sequence.key, sequence)
             case "failed":
                 self._tell(message.failed.key, error_from_code(message.failed.code, message.failed.message))
             case None:
@@ -198,7 +202,9 @@ class WorkerLink:
             case kind:
                 self._tell(getattr(message, kind).key, message)
 
-    def _tell(self, key: worker_pb2.SequenceKey, said: worker_pb2.LinkResponse | SegueError) -> None:
+    def _tell(
+        self, key: worker_pb2.SequenceKey, said: worker_pb2.LinkResponse | worker_pb2.SequenceTokens | SegueError
+    ) -> None:
         if (events := self._lines.get(sequence_id(key))) is not None:
             events.put_nowait(LineEvent(self, said))
 
@@ -217,6 +223,7 @@ class WorkerLink:
             # Of what it told, half a second ago perhaps, what was not this router's.
             queued_tokens=self.charged.tokens + max(load.queued_tokens - before.tokens, 0),
             sequences=self.charged.sequences + max(load.decode_sequences - before.sequences, 0),
+            unreserved=self.charged.unreserved,
             # What ended since then is known with the next load only.
             available_blocks=max(load.free_blocks + load.cached_blocks - max(self.charged.blocks - before.blocks, 0), 0),
             prefill_ms_per_token=load.prefill_ms_per_token,

@@ -137,6 +137,7 @@ class RoutingSettings(Settings):
     """How a router chooses workers."""
 
     policy: PolicyName = Field("cost", description="How a request's workers are chosen")
+    max_wait_s: float = Field(30.0, gt=0, description="Seconds that a request may have to wait for its turn; refused otherwise")
     disaggregate: Literal["auto", "always"] = Field(
         "auto", description="auto lets one worker run both phases of a request where that costs less; always never does"
     )
@@ -150,6 +151,9 @@ class ClusterSettings(EngineSettings, RoutingSettings):
     decode: int = Field(1, ge=1, le=64, description="Decode workers")
     colocated: bool = Field(False, description="Run both phases in one worker, for comparison")
     redis: str | None = Field(None, description="Redis or Valkey URL; without it an embedded Valkey is started")
+    cluster_id: str | None = Field(
+        None, min_length=1, description="Name in the Redis, for further routers to find the workers by; random if not given"
+    )
     ray_address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started")
     host: str = Field(LOOPBACK, description="Address that the router listens on")
     routers: int = Field(1, ge=1, le=16, description="Routers on this host, behind one address")
@@ -171,8 +175,11 @@ class RouterSettings(RoutingSettings):
     shares_ports: bool = False
     member_lease_ms: int = Field(3_000, ge=100)
     max_active_requests: int = Field(1024, ge=1)
+    max_waiting_requests: int = Field(4096, ge=1)
     max_body: NumBytes = 8 * 2**20
     request_timeout_s: float = Field(600.0, gt=0)
+    # How long a router that was told to stop waits for the requests it has.
+    drain_s: float = Field(10.0, ge=0)
     # How often a request may be started in all, when workers are lost or hand-overs fail.
     max_attempts: int = Field(8, ge=1)
 
@@ -186,6 +193,13 @@ class WorkerSettings(EngineSettings):
     model_name: str
     # The address this worker listens on and is reached at.
     host: str = LOOPBACK
+    # Where routers reach it, and where KV comes in; 0 picks a free port. Each further rank takes KV at the next port.
+    grpc_port: Port = 0
+    kv_port: Port = 0
+    # Where it says how it is, to anybody (deploy/worker_health.py); nowhere if not given.
+    health_port: Port | None = None
+    # How long a worker that was told to stop waits for the sequences it has.
+    drain_s: float = Field(60.0, ge=0)
     ticket_lease_ms: int = Field(10_000, ge=100)
     member_lease_ms: int = Field(3_000, ge=100)
     # Which of the worker's ranks this process is. `group` names this start of the worker: equal for all of its ranks.

@@ -39,10 +39,12 @@ class SegueError(Exception):
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, field: str | None = None) -> None:
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: where sending again can help, but not sooner."""
         super().__init__(message)
         self.message = message
         self.field = field
+        self.retry_after_s = retry_after_s
 
 
 class RequestError(SegueError):
@@ -155,6 +157,6 @@ for _error_class in _tree(SegueError)[1:]:
     _BY_CODE.setdefault(_error_class.code, _error_class)
 
 
-def error_from_code(code: str, message: str, field: str | None = None) -> SegueError:
+def error_from_code(code: str, message: str, field: str | None = None, retry_after_s: float | None = None) -> SegueError:
     """The error that `code` stands for; an unknown code, from a newer peer, becomes an InternalError."""
-    return _BY_CODE.get(code, InternalError)(message, field=field)
+    return _BY_CODE.get(code, InternalError)(message, field=field, retry_after_s=retry_after_s)

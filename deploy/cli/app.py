@@ -11,6 +11,7 @@ from deploy.cli.chat import chat
 from deploy.cli.doctor import doctor
 from deploy.cli.generate import generate
 from deploy.cli.models import app as models_app
+from deploy.cli.process import router, worker
 from deploy.cli.status import status
 from deploy.cli.up import up
 
@@ -43,4 +44,6 @@ app.command()(generate)
 app.command()(chat)
 app.command()(status)
 app.command()(doctor)
+app.command()(router)
+app.command()(worker)
 app.add_typer(models_app, name="models")

@@ -21,6 +21,12 @@ app = typer.Typer(no_args_is_help=True, help="Fetch, import and list the models 
 @app.command()
 def pull(
     name: Annotated[str, typer.Argument(help="The default model's name, or a Hub id such as Qwen/Qwen3-0.6B.")] = DEFAULT_MODEL,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="Measure what int8 and int4 need to know of the model; it takes the model's float weights in memory."
+        ),
+    ] = True,
 ) -> None:
     """Fetch a model so that it is ready to serve.
 
@@ -32,7 +38,8 @@ def pull(
 
         with progress_shown() as progress:
             handle = pull_default(progress) if name == DEFAULT_MODEL else resolve(name, progress)
-            _calibrate(handle.path, progress)
+            if calibrate:
+                _calibrate(handle.path, progress)
         new_console().print(f"{handle.name} is ready in {handle.path}", markup=False)
 
 

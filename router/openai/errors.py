@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -36,7 +37,9 @@ def _body(message: str, status: int, code: str, param: str | None) -> dict[str, 
 
 
 def error_response(error: SegueError) -> web.Response:
-    headers = {"Retry-After": RETRY_AFTER_S} if error.http_status in {429, 503} else {}
+    headers = {}
+    if error.http_status in {429, 503}:
+        headers["Retry-After"] = RETRY_AFTER_S if error.retry_after_s is None else str(math.ceil(error.retry_after_s))
     return _respond(error_body(error), error.http_status, headers)
 
 

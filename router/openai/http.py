@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -11,8 +13,10 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from router.caller import ANONYMOUS
 from router.merge import merge
 from router.metrics import RequestMeter
+from router.openai.description import describe
 from router.openai.errors import REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request_id
 from router.openai.event_ids import LAST_EVENT_ID, EventIds, ResumePoint
 from router.openai.fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, parse_body
@@ -24,6 +28,8 @@ from router.service import Service
 from segue.errors import InvalidRequest, Unavailable
 
 MAX_PROMPTS = 128
+# Seconds in which the client wants the whole answer.
+TIMEOUT = "X-Request-Timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ def build_application(service: Service) -> web.Application:
             web.get("/health", handlers.health),
             web.get("/ready", handlers.ready),
             web.get("/metrics", handlers.metrics),
+            web.get("/openapi.json", handlers.describe),
         ]
     )
     return application
@@ -65,50 +72,54 @@ class _Handlers:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         with self._service.metrics.track(COMPLETION.api) as meter:
             body = parse_body(CompletionRequest, await request.read(), COMPLETION_UNSUPPORTED)
-            plan = await self._plan_completion(request[REQUEST_ID], body, resume_point(request, body))
+            plan = await self._plan_completion(request, body, resume_point(request, body))
             return await self._answer(request, plan, meter)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         with self._service.metrics.track(CHAT.api) as meter:
             body = parse_body(ChatRequest, await request.read(), CHAT_UNSUPPORTED)
-            plan = await self._plan_chat(request[REQUEST_ID], body, resume_point(request, body))
+            plan = await self._plan_chat(request, body, resume_point(request, body))
             return await self._answer(request, plan, meter)
 
-    async def _plan_completion(self, request_id: str, body: CompletionRequest, resume: ResumePoint | None) -> _Plan:
+    async def _plan_completion(self, request: web.Request, body: CompletionRequest, resume: ResumePoint | None) -> _Plan:
         self._service.check_model(body.model)
         if len(body.prompt) > MAX_PROMPTS:
             raise InvalidRequest("prompt", f"at most {MAX_PROMPTS} prompts in one request, not {len(body.prompt)}")
         options, specs = body.options(), list[GenerationSpec]()
-        seed = _seed(options, resume)
+        seed, deadline_s = _seed(options, resume), _deadline_s(request)
         for place, prompt in enumerate(body.prompt):
             token_ids = await self._service.encode_text(prompt) if isinstance(prompt, str) else prompt
             # Equal prompts have different answers, unless the client wants one seed for all.
             own_seed = seed if options.seed is not None else choice_seed(seed, place * MAX_CHOICES)
             specs.append(
                 self._service.build_spec(
-                    f"{request_id}-p{place}",
+                    f"{request[REQUEST_ID]}-p{place}",
                     token_ids,
                     replace(options, seed=own_seed),
                     body.names(),
                     seen=resume.of_prompt(place, len(body.prompt), body.n) if resume else (),
+                    caller=replace(ANONYMOUS, priority=body.priority),
+                    deadline_s=deadline_s,
                 )
             )
-        return _Plan(COMPLETION, _answer_id(request_id, resume), seed, specs, body.stream, body.stream_options.include_usage)
+        return _Plan(COMPLETION, _answer_id(request, resume), seed, specs, body.stream, body.stream_options.include_usage)
 
-    async def _plan_chat(self, request_id: str, body: ChatRequest, resume: ResumePoint | None) -> _Plan:
+    async def _plan_chat(self, request: web.Request, body: ChatRequest, resume: ResumePoint | None) -> _Plan:
         self._service.check_model(body.model)
         options = body.options()
         seed = _seed(options, resume)
         token_ids = await self._service.encode_chat([message.to_chat_message() for message in body.messages])
         spec = self._service.build_spec(
-            request_id,
+            request[REQUEST_ID],
             token_ids,
             replace(options, seed=seed),
             body.names(),
             continues_text=False,
             seen=resume.of_prompt(0, 1, body.n) if resume else (),
+            caller=replace(ANONYMOUS, priority=body.priority),
+            deadline_s=_deadline_s(request),
         )
-        return _Plan(CHAT, _answer_id(request_id, resume), seed, [spec], body.stream, body.stream_options.include_usage)
+        return _Plan(CHAT, _answer_id(request, resume), seed, [spec], body.stream, body.stream_options.include_usage)
 
     async def _answer(self, request: web.Request, plan: _Plan, meter: RequestMeter) -> web.StreamResponse:
         service = self._service
@@ -158,6 +169,9 @@ class _Handlers:
         body = {"ready": report.ready, "reason": report.reason, "missing_roles": list(report.missing_roles)}
         return _json(body, status=200 if report.ready else Unavailable.http_status)
 
+    async def describe(self, request: web.Request) -> web.Response:
+        return _json(describe())
+
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -168,14 +182,28 @@ def resume_point(request: web.Request, body: ChatRequest | CompletionRequest) ->
     return ResumePoint.parse(event_id) if event_id and body.stream else None
 
 
+def _deadline_s(request: web.Request) -> float | None:
+    """What the client allows, on the loop's clock. Raises InvalidRequest."""
+    text = request.headers.get(TIMEOUT)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(TIMEOUT, f"must be a number of seconds above 0, not {text[:100]!r}")
+    return asyncio.get_running_loop().time() + seconds
+
+
 def _seed(options: GenerationOptions, resume: ResumePoint | None) -> int:
     if options.seed is not None:
         return options.seed
     return draw_seed() if resume is None else resume.seed
 
 
-def _answer_id(request_id: str, resume: ResumePoint | None) -> str:
-    return request_id.removeprefix("req_") if resume is None else resume.answer_id
+def _answer_id(request: web.Request, resume: ResumePoint | None) -> str:
+    return request[REQUEST_ID].removeprefix("req_") if resume is None else resume.answer_id
 
 
 def _json(body: Mapping[str, Any], status: int = 200) -> web.Response:

@@ -12,6 +12,7 @@ from segue import errors
 _ERROR_CODE = "segue-error-code"
 _ERROR_FIELD = "segue-error-field"
 _ERROR_RETRYABLE = "segue-error-retryable"
+_RETRY_AFTER_MS = "segue-retry-after-ms"
 
 # For failures that Segue did not speak of itself: of gRPC, of the network, of a proxy between.
 _ERROR_FOR_STATUS: dict[grpc.StatusCode, type[errors.SegueError]] = {
@@ -44,7 +45,9 @@ def failure_from_rpc(rpc_error: grpc.RpcError, address: str) -> Failure:
     metadata = {key: value for key, value in call.trailing_metadata() or () if isinstance(value, str)}
     details = call.details() or ""
     if code := metadata.get(_ERROR_CODE):
-        error = errors.error_from_code(code, details, metadata.get(_ERROR_FIELD))
+        after_ms = metadata.get(_RETRY_AFTER_MS)
+        retry_after_s = int(after_ms) / 1000 if after_ms is not None and after_ms.isdecimal() else None
+        error = errors.error_from_code(code, details, metadata.get(_ERROR_FIELD), retry_after_s)
         return Failure(error, metadata.get(_ERROR_RETRYABLE) == "true")
     status = call.code()
     error = _ERROR_FOR_STATUS.get(status, errors.InternalError)(_describe(status, details, address))

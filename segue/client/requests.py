@@ -54,6 +54,8 @@ class GenerateOptions(SamplingOptions, total=False):
     model: str | None
     # Independent continuations, 1 to 16: 1.
     num_choices: int | None
+    # Of requests that wait, one with a lower value is served first, -100 to 100: 0.
+    priority: int | None
     # Seconds until DeadlineExceeded, retries included; None waits for ever: the client's own.
     timeout_s: float | None
 
@@ -69,6 +71,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReq
     request = pb.GenerateRequest()
     _set(request, "model", options.get("model"))
     _set(request, "num_choices", options.get("num_choices"))
+    _set(request, "priority", options.get("priority"))
     _set_prompt(request, prompt)
     for name, value in options.items():
         if name in _SAMPLING_NAMES:

@@ -67,7 +67,7 @@ class Attempts:
         is_final = self._output_began and not self._policy.resume
         if is_final or not failure.may_retry or self._num_begun >= self._policy.max_attempts:
             raise failure.error
-        pause_s = self._policy.pause_s(self._num_begun, self._draw())
+        pause_s = max(self._policy.pause_s(self._num_begun, self._draw()), failure.error.retry_after_s or 0.0)
         left_s = self._left_s()
         if left_s is not None and pause_s >= left_s:
             raise failure.error

@@ -65,7 +65,8 @@ class InferenceServiceServicer:
         the request and frees all it held. A stream that breaks can be gone on with: see `resume`.
 
         Errors carry trailing metadata: `segue-error-code` (a stable word, e.g. worker_lost), `segue-error-field` (the
-        request field at fault, if one is) and `segue-error-retryable` ("true" when sending the same request again can help).
+        request field at fault, if one is), `segue-error-retryable` ("true" when sending the same request again can help) and
+        `segue-retry-after-ms` (if it cannot help sooner).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

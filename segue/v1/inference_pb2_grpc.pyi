@@ -42,7 +42,8 @@ class InferenceServiceStub:
     the request and frees all it held. A stream that breaks can be gone on with: see `resume`.
 
     Errors carry trailing metadata: `segue-error-code` (a stable word, e.g. worker_lost), `segue-error-field` (the
-    request field at fault, if one is) and `segue-error-retryable` ("true" when sending the same request again can help).
+    request field at fault, if one is), `segue-error-retryable` ("true" when sending the same request again can help) and
+    `segue-retry-after-ms` (if it cannot help sooner).
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns text or a chat into the token ids that Generate would use."""
@@ -60,7 +61,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     the request and frees all it held. A stream that breaks can be gone on with: see `resume`.
 
     Errors carry trailing metadata: `segue-error-code` (a stable word, e.g. worker_lost), `segue-error-field` (the
-    request field at fault, if one is) and `segue-error-retryable` ("true" when sending the same request again can help).
+    request field at fault, if one is), `segue-error-retryable` ("true" when sending the same request again can help) and
+    `segue-retry-after-ms` (if it cannot help sooner).
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or a chat into the token ids that Generate would use."""
@@ -81,7 +83,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         the request and frees all it held. A stream that breaks can be gone on with: see `resume`.
 
         Errors carry trailing metadata: `segue-error-code` (a stable word, e.g. worker_lost), `segue-error-field` (the
-        request field at fault, if one is) and `segue-error-retryable` ("true" when sending the same request again can help).
+        request field at fault, if one is), `segue-error-retryable` ("true" when sending the same request again can help) and
+        `segue-retry-after-ms` (if it cannot help sooner).
         """
 
     @_abc_1.abstractmethod

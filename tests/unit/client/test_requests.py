@@ -13,6 +13,7 @@ from segue.v1 import inference_pb2 as pb
 EVERY_OPTION: GenerateOptions = {
     "model": "tiny",
     "num_choices": 2,
+    "priority": -5,
     "timeout_s": 5.0,
     "max_tokens": 8,
     "min_tokens": 1,
@@ -36,7 +37,7 @@ def test_every_option_of_the_wire_can_be_set_and_arrives() -> None:
     assert SamplingOptions.__annotations__.keys() == set(pb.SamplingOptions.DESCRIPTOR.fields_by_name)
     assert EVERY_OPTION.keys() == GenerateOptions.__annotations__.keys()
     request = generate_request("x", EVERY_OPTION)
-    assert (request.model, request.num_choices, request.text) == ("tiny", 2, "x")
+    assert (request.model, request.num_choices, request.priority, request.text) == ("tiny", 2, -5, "x")
     sent = {field.name for field, _ in request.sampling.ListFields()}
     assert sent == SamplingOptions.__annotations__.keys()
     assert request.sampling.seed == 2**64 - 1

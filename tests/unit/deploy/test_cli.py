@@ -53,7 +53,7 @@ def test_the_command_loads_nothing_heavy() -> None:
 
 
 def test_every_command_is_there_and_has_help() -> None:
-    commands = ("up", "generate", "chat", "status", "doctor", "models")
+    commands = ("up", "generate", "chat", "status", "doctor", "router", "worker", "models")
     listed = CliRunner().invoke(app, ["--help"]).output
     for command in commands:
         assert f"\n  {command} " in listed
@@ -72,6 +72,7 @@ OTHER_VALUES: dict[str, Any] = {
     "decode": 3,
     "colocated": True,
     "redis": "redis://elsewhere:1",
+    "cluster_id": "shared",
     "ray_address": "head:6379",
     "host": "0.0.0.0",
     "http_port": 1,
@@ -97,6 +98,7 @@ OTHER_VALUES: dict[str, Any] = {
     "chaos": "seed=1,drop=0.01",
     "policy": "round_robin",
     "disaggregate": "always",
+    "max_wait_s": 2.5,
     "routers": 3,
 }
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from kv_transfer.sockets import AsyncSocket
+from kv_transfer.sockets import AsyncSocket, bind_receiver
+from segue.errors import ConfigError
 
 TIMEOUT_S = 30
 
@@ -79,3 +80,14 @@ async def test_sending_now_does_not_wait(context):
         send_many()
     left.close()
     right.close()
+
+
+async def test_a_receiver_listens_at_the_port_that_is_asked_for(context):
+    first, endpoint = await bind_receiver(context, "127.0.0.1", 0)
+    port = int(endpoint.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=f"kv_port: port {port} is in use on 127.0.0.1"):
+        await bind_receiver(context, "127.0.0.1", 0, port)
+    first.close()
+    second, again = await bind_receiver(context, "127.0.0.1", 0, port)
+    assert again == endpoint
+    second.close()

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from deploy.cli.models import app
 from segue.config import DEFAULT_MODEL
 from segue.models import store
+from segue.models.model_dir import calibration_file
 from tests.support.gguf_files import TinyGguf
 
 
@@ -64,6 +65,15 @@ def test_pull_takes_the_default_model(tmp_path: Path, monkeypatch: pytest.Monkey
     code, output, _ = run("pull")
     assert code == 0
     assert output == f"{DEFAULT_MODEL} is ready in {tmp_path / 'home' / 'models' / DEFAULT_MODEL}\n"
+
+
+@pytest.mark.parametrize(("flag", "calibrated"), [("--calibrate", True), ("--no-calibrate", False)])
+def test_pull_calibrates_unless_it_is_told_not_to(tmp_path: Path, segue_home: Path, flag: str, calibrated: bool) -> None:
+    run("import", str(TinyGguf("llama").write(tmp_path / "tiny.gguf")), "--name", "mine")
+    made = calibration_file(segue_home / "models/mine", "")
+    made.unlink()
+    assert run("pull", "mine", flag)[0] == 0
+    assert made.exists() is calibrated
 
 
 def test_pull_of_an_unknown_name(tmp_path: Path) -> None:

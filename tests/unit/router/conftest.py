@@ -110,7 +110,7 @@ def serve(tokenizer: Tokenizer, model_dir: Path) -> ServeFront:
     async def running(script: Script, **settings: Any) -> AsyncIterator[RunningFront]:
         core = FakeSequenceServer(script)
         config = model_config(tokenizer)
-        async with Front(router_settings(model_dir, **settings), tokenizer, config, core, shutdown_grace_s=1.0) as front:
+        async with Front(router_settings(model_dir, drain_s=1.0, **settings), tokenizer, config, core) as front:
             async with httpx.AsyncClient(base_url=f"http://{front.http_address}", timeout=20) as http:
                 yield RunningFront(front, core, http)
         assert not core.active, "a request outlived its client"

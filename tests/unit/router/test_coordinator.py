@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 
 from router import workers as workers_module
+from router.admission import Admission
 from router.coordinator import Coordinator
 from router.placement import Placement
 from router.sequence import SequencePath, SequenceRequest, TokenStep
@@ -120,14 +121,16 @@ def silent(link: RouterLink, message: pb.LinkRequest) -> None:
 
 @asynccontextmanager
 async def router(membership: Membership, *, num_workers: int, **options: object) -> AsyncIterator[Coordinator]:
-    values = {"max_active": 100, "max_attempts": 1, "timeout_s": 30.0} | options
+    max_waiting = options.pop("max_waiting", 100)
+    values = {"max_attempts": 1, "timeout_s": 30.0} | options
     async with Workers(membership, "router", "m").running() as workers:
         changed = workers.changed.listener()
         while len(workers.available()) < num_workers:
             await changed.wait()
             changed.clear()
         placement = Placement(workers, "least_loaded", may_join=False)
-        yield Coordinator(workers, placement, "m", **values)  # type: ignore[arg-type]
+        admission = Admission(workers.fleet, max_active=100, max_waiting=max_waiting, max_wait_s=60)  # type: ignore[arg-type]
+        yield Coordinator(workers, placement, admission, "m", **values)  # type: ignore[arg-type]
 
 
 def request(max_tokens: int = 8) -> SequenceRequest:
@@ -305,7 +308,7 @@ async def test_a_draining_worker_gets_nothing_new(membership: Membership) -> Non
             await collect(coordinator, SequencePath())
 
 
-@pytest.mark.parametrize(("options", "error"), [({"max_active": 0}, Overloaded), ({"timeout_s": 0.05}, DeadlineExceeded)])
+@pytest.mark.parametrize(("options", "error"), [({"max_waiting": 0}, Overloaded), ({"timeout_s": 0.05}, DeadlineExceeded)])
 async def test_limits(membership: Membership, options: dict[str, float], error: type[SegueError]) -> None:
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(scripted_worker(membership, "both-0", silent))

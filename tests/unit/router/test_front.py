@@ -133,7 +133,7 @@ async def test_shutdown_lets_running_requests_finish(tokenizer: Tokenizer, model
     gate = asyncio.Event()
     token_ids = tokenizer.encode("brown fox")
     core = FakeSequenceServer(lambda _: [*token_steps(token_ids[:1], None), gate, *token_steps(token_ids[1:])])
-    front = Front(router_settings(model_dir), tokenizer, model_config(tokenizer), core, shutdown_grace_s=30.0)
+    front = Front(router_settings(model_dir, drain_s=30.0), tokenizer, model_config(tokenizer), core)
     async with httpx.AsyncClient(timeout=20) as http, front:
         url = f"http://{front.http_address}/v1/completions"
         channel = grpc.aio.insecure_channel(front.grpc_address)
@@ -162,7 +162,7 @@ async def test_shutdown_ends_what_does_not_finish(tokenizer: Tokenizer, model_di
     never = asyncio.Event()
     core = FakeSequenceServer(lambda _: [*token_steps([5], None), never])
     async with httpx.AsyncClient(timeout=20) as http, grpc.aio.insecure_channel("127.0.0.1:1"):
-        front = Front(router_settings(model_dir), tokenizer, model_config(tokenizer), core, shutdown_grace_s=0.05)
+        front = Front(router_settings(model_dir, drain_s=0.05), tokenizer, model_config(tokenizer), core)
         async with front:
             channel = grpc.aio.insecure_channel(front.grpc_address)
             whole = asyncio.create_task(http.post(f"http://{front.http_address}/v1/completions", json=BODY))

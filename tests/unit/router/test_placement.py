@@ -184,7 +184,7 @@ def test_what_is_fetched_from_decode_is_not_queued(workers: Workers, pulls_kv: b
     decode._deliver(pb.LinkResponse(cache_events=pb.CacheEvents(number=1, snapshot=True, stored=stored)))
     with Placement(workers, "cost", may_join=False).place(wanted(10)):
         assert prefill.charged == Charge(tokens=num_queued)
-        assert decode.charged == Charge(sequences=1, blocks=1)
+        assert decode.charged == Charge(sequences=1, unreserved=1, blocks=1)
 
 
 def test_after_a_gap_nothing_is_known_until_a_snapshot(workers: Workers) -> None:
