@@ -94,8 +94,8 @@ class Situation:
     def decode_ms(self) -> Milliseconds:
         """Of all steps, and of what this sequence adds to the steps of those that run already; and waiting for memory."""
         rows = self.rows
-        per_step = _measured(rows["decode_ms_per_step"], DEFAULT_DECODE_MS_PER_STEP)
-        per_sequence = _measured(rows["decode_ms_per_sequence"], DEFAULT_DECODE_MS_PER_SEQUENCE)
+        per_step = _measured(rows, "decode_ms_per_step", DEFAULT_DECODE_MS_PER_STEP)
+        per_sequence = _measured(rows, "decode_ms_per_sequence", DEFAULT_DECODE_MS_PER_SEQUENCE)
         running = rows["sequences"]
         own = per_step + per_sequence * (running + 1)
         # Others have to end first, which takes as long as they take.
@@ -114,12 +114,15 @@ class Situation:
 
 
 def prefill_ms_per_token(rows: Rows) -> Milliseconds:
-    return _measured(rows["prefill_ms_per_token"], DEFAULT_PREFILL_MS_PER_TOKEN)
+    return _measured(rows, "prefill_ms_per_token", DEFAULT_PREFILL_MS_PER_TOKEN)
 
 
-def _measured(column: Milliseconds, default: float) -> Milliseconds:
-    """A worker that has measured nothing is taken to be like the others."""
+def _measured(rows: Rows, name: str, default: float) -> Milliseconds:
+    """A worker that has measured nothing is taken to be like the others; nothing is said of rows that nobody has."""
+    column: Milliseconds = rows[name]
     num_known = np.count_nonzero(column)
+    if num_known == np.count_nonzero(rows["block_size"]):
+        return column
     return np.where(column, column, column.sum() / num_known if num_known else default)
 
 
@@ -214,7 +217,7 @@ def _best_split(situation: Situation) -> Choice | None:
 def _least_ms(situation: Situation, senders: Mask, decodes: NDArray[np.intp]) -> Milliseconds:
     """For each of the rows `decodes`: no pair with it costs less."""
     unknown = situation.num_tokens - situation.cached[decodes]
-    prompt_ms = np.maximum(unknown, 1) * situation.prefill_ms_per_token.min()
+    prompt_ms = np.maximum(unknown, 1) * np.where(senders, situation.prefill_ms_per_token, np.inf).min()
     ahead_ms = np.where(senders, situation.queue_ms, np.inf).min() + situation.hand_over_ms
     least: Milliseconds = ahead_ms + prompt_ms + unknown * situation.near_ms_per_token + situation.decode_ms[decodes]
     return least
