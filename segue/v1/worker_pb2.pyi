@@ -767,6 +767,7 @@ class WorkerRecord(_message.Message):
     NUM_RANKS_FIELD_NUMBER: _builtins.int
     NUMBER_FORMATS_FIELD_NUMBER: _builtins.int
     PULLS_KV_FIELD_NUMBER: _builtins.int
+    SECRET_FINGERPRINT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -789,6 +790,8 @@ class WorkerRecord(_message.Message):
     """
     pulls_kv: _builtins.bool
     """For a prompt that it computes it fetches from the decode worker the KV that only that has."""
+    secret_fingerprint: _builtins.str
+    """Of the cluster secret, one way; empty without one. Only where it is equal do processes talk to each other."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefill, decode."""
@@ -812,10 +815,11 @@ class WorkerRecord(_message.Message):
         num_ranks: _builtins.int = ...,
         number_formats: _builtins.str = ...,
         pulls_kv: _builtins.bool = ...,
+        secret_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "pulls_kv", b"pulls_kv", "roles", b"roles", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "pulls_kv", b"pulls_kv", "roles", b"roles", "secret_fingerprint", b"secret_fingerprint", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
