@@ -29,8 +29,10 @@ from kv_transfer.sender import KVSender
 from kv_transfer.tensors import Memory
 from prefill_worker.service import PrefillService
 from segue.cache_feed import CacheFeed
+from segue.cluster_secret import differing_secret
 from segue.config import WorkerSettings
 from segue.errors import ConfigError
+from segue.link_tls import LinkCredentials
 from segue.membership import Membership, held_lease
 from segue.runtime import Wakeups, background, run_process, say_serving, stop_event
 from segue.v1 import worker_pb2
@@ -68,11 +70,12 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         engine, memory = load_engine(settings, meeting.group if meeting is not None else None)
         stack.callback(memory.close)
         stack.callback(engine.close)
-        ranks = await stack.enter_async_context(remote_ranks(meeting)) if meeting is not None else []
+        ranks = await stack.enter_async_context(remote_ranks(meeting, settings)) if meeting is not None else []
         worker = Worker(settings, engine, memory, ranks, epoch)
         await stack.enter_async_context(worker.legs())
         await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
+        await _tell_of_other_secrets(membership, worker.record())
         if settings.health_port is not None:
             health = health_served(bracketed(settings.host), settings.health_port, engine, lambda: worker.draining)
             await stack.enter_async_context(health)
@@ -132,12 +135,15 @@ class Worker:
         self.servicer = WorkerLinkServicer(self.active_legs, self.record, self.load, cache)
         server = grpc.aio.server(options=LINK_OPTIONS)
         add_WorkerServiceServicer_to_server(self.servicer, server)
-        host = bracketed(self.settings.host)
+        address, secret = f"{bracketed(self.settings.host)}:{self.settings.grpc_port}", self.settings.secret
         try:
-            port = server.add_insecure_port(f"{host}:{self.settings.grpc_port}")
+            if secret is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, LinkCredentials.of(secret).server)
         except RuntimeError as error:
-            raise ConfigError(f"grpc_port: cannot listen on {host}:{self.settings.grpc_port}: {error}") from None
-        self.address = f"{host}:{port}"
+            raise ConfigError(f"grpc_port: cannot listen on {address}: {error}") from None
+        self.address = f"{bracketed(self.settings.host)}:{port}"
         await server.start()
         try:
             async with background(self.servicer.tell_of_cache()):
@@ -181,6 +187,7 @@ class Worker:
             draining=self.draining,
             num_ranks=engine.layout.num_ranks,
             number_formats=settings.number_formats,
+            secret_fingerprint=settings.secret.fingerprint if settings.secret is not None else "",
         )
 
     def load(self) -> WorkerLoad:
@@ -201,6 +208,13 @@ class Worker:
         for leg in self.active_legs:
             leg.add_load(load)
         return load
+
+
+async def _tell_of_other_secrets(membership: Membership, own: worker_pb2.WorkerRecord) -> None:
+    """To the log. Not fatal: while a cluster is given a new secret, worker by worker, there are both for a while."""
+    for other in await membership.list_workers():
+        if problem := differing_secret(f"worker {other.worker_id}", other.secret_fingerprint, own.secret_fingerprint):
+            logger.error("%s", problem.message)
 
 
 def bracketed(host: str) -> str:

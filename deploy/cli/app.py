@@ -10,6 +10,7 @@ import typer
 from deploy.cli.chat import chat
 from deploy.cli.doctor import doctor
 from deploy.cli.generate import generate
+from deploy.cli.keys import app as keys_app
 from deploy.cli.models import app as models_app
 from deploy.cli.process import router, worker
 from deploy.cli.status import status
@@ -47,3 +48,4 @@ app.command()(doctor)
 app.command()(router)
 app.command()(worker)
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")

@@ -86,8 +86,8 @@ async def test_a_receiver_listens_at_the_port_that_is_asked_for(context):
     first, endpoint = await bind_receiver(context, "127.0.0.1", 0)
     port = int(endpoint.rpartition(":")[2])
     with pytest.raises(ConfigError, match=f"kv_port: port {port} is in use on 127.0.0.1"):
-        await bind_receiver(context, "127.0.0.1", 0, port)
+        await bind_receiver(context, "127.0.0.1", 0, port=port)
     first.close()
-    second, again = await bind_receiver(context, "127.0.0.1", 0, port)
+    second, again = await bind_receiver(context, "127.0.0.1", 0, port=port)
     assert again == endpoint
     second.close()
