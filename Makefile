@@ -27,7 +27,8 @@ test: install ## Run every check and test, as CI does; ARGS="..." goes to pytest
 	@echo "== types";        $(BIN)/mypy
 	@echo "== import rules"; $(BIN)/lint-imports --no-logo
 	@echo "== proto";        $(BIN)/python -m pytest -q --no-header tests/unit/test_proto_stubs.py
-	@echo "== tests";        $(BIN)/python -m pytest -q --no-header $(ARGS)
+	@echo "== unit tests";   $(BIN)/python -m pytest -q --no-header -n 2 --dist loadfile tests/unit $(ARGS)
+	@echo "== whole clusters"; $(BIN)/python -m pytest -q --no-header tests/integration tests/chaos tests/e2e $(ARGS)
 
 test-deploy: install ## Check chart, manifests and image with real tools, which it fetches; ARGS="..." goes to pytest
 	@$(BIN)/python tests/deploy/get_tools.py

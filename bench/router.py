@@ -1,10 +1,10 @@
 """`python -m bench.router`: what a router adds to each answer, and how many tokens one core of it streams.
 
-The router is a real process; its workers take no time for a prompt and a set time for a step, so all that a client waits for
-until the first token is the router and its links. Tokens are counted against the processor time of the router process alone: with
-many streams at a time, that says how many a core can stream. With `--peers` sglang-router (`python -m bench.peers setup`) takes
-turns with it, in front of HTTP backends that are as fast: it passes bytes through, while Segue's router detokenizes, looks for
-stop strings and writes the answer.
+The router is a real process. Its workers take no time for a prompt and a set time for a step, so that all that a client waits
+for until its first token is the router and its links. Tokens are counted against processor time of the router process alone;
+with many streams at a time, that says how many a core can stream. With `--peers`, sglang-router takes turns with it (`python -m
+bench.peers setup` installs it), in front of HTTP backends that are as fast. It passes bytes through, while Segue's router
+detokenizes, looks for stop strings and writes the answer.
 """
 
 from __future__ import annotations

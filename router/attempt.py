@@ -98,6 +98,9 @@ class Attempt:
             if self._decode_has_it and event.link is not self._decode:
                 return []  # decode holds the whole KV cache: what becomes of prefill no longer matters
             raise said
+        if isinstance(said, worker_pb2.SequenceTokens):
+            tokens = tuple(token_from_pb(token) for token in said.tokens)
+            return self._in_order([TokenStep(tokens, finish_reason_from_pb(said.finish_reason))])
         match said.WhichOneof("message"):
             case "decode_reserved":
                 self._attach_tickets(said.decode_reserved)
@@ -108,13 +111,6 @@ class Attempt:
                 return self._first_token(said.first_token)
             case "decode_started":
                 self._decode_started(said.decode_started)
-            case "step_tokens":
-                (sequence,) = said.step_tokens.sequences
-                step = TokenStep(
-                    tokens=tuple(token_from_pb(token) for token in sequence.tokens),
-                    finish_reason=finish_reason_from_pb(sequence.finish_reason),
-                )
-                return self._in_order([step])
         return []
 
     def _attach_tickets(self, reserved: worker_pb2.DecodeReserved) -> None:

@@ -46,10 +46,10 @@ MAX_STEP_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class LineEvent:
-    """What a line hears: a message of its worker, or the error that ends it there."""
+    """What a line hears: a message of its worker, its part of a decode step, or the error that ends it there."""
 
     link: WorkerLink
-    said: worker_pb2.LinkResponse | SegueError
+    said: worker_pb2.LinkResponse | worker_pb2.SequenceTokens | SegueError
 
 
 class WorkerLink:
@@ -200,7 +200,7 @@ class WorkerLink:
                     self._fleet.hear_cache(self._row, message.cache_events)
             case "step_tokens":
                 for sequence in message.step_tokens.sequences:
-                    self._tell(sequence.key, worker_pb2.LinkResponse(step_tokens=worker_pb2.StepTokens(sequences=[sequence])))
+                    self._tell(sequence.key, sequence)
             case "failed":
                 self._tell(message.failed.key, error_from_code(message.failed.code, message.failed.message))
             case None:
@@ -208,7 +208,9 @@ class WorkerLink:
             case kind:
                 self._tell(getattr(message, kind).key, message)
 
-    def _tell(self, key: worker_pb2.SequenceKey, said: worker_pb2.LinkResponse | SegueError) -> None:
+    def _tell(
+        self, key: worker_pb2.SequenceKey, said: worker_pb2.LinkResponse | worker_pb2.SequenceTokens | SegueError
+    ) -> None:
         if (events := self._lines.get(sequence_id(key))) is not None:
             events.put_nowait(LineEvent(self, said))
 

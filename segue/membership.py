@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import redis.asyncio as redis_client
 from google.protobuf.message import DecodeError
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from segue.errors import StoreUnavailable
@@ -115,14 +116,20 @@ class Membership:
     async def changes(self, interval_s: float) -> AsyncGenerator[None, None]:
         """Yields at once, then whenever something changed, and every `interval_s` at least (leases lapse silently)."""
         yield
-        pubsub = self._redis.pubsub(ignore_subscribe_messages=True)
+        loop, pubsub = asyncio.get_running_loop(), self._redis.pubsub()
         try:
             while True:
                 try:
                     async with _as_store_unavailable():
                         if not pubsub.subscribed:
                             await pubsub.subscribe(f"{self._prefix}:changes")
-                        await pubsub.get_message(timeout=interval_s)
+                        begin_s = loop.time()
+                        message = await pubsub.get_message(timeout=interval_s)
+                        if message is None and loop.time() - begin_s < interval_s / 2:
+                            # redis takes a connection that timed out (ETIMEDOUT) for one that has nothing to say, for ever.
+                            await pubsub.aclose()  # type: ignore[no-untyped-call]
+                            pubsub = self._redis.pubsub()
+                            raise RedisConnectionError("the connection timed out")
                 except StoreUnavailable:
                     await asyncio.sleep(interval_s)  # nothing to wait for while the store is away
                 yield

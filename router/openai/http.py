@@ -19,6 +19,7 @@ from router.http_server import read_body_in_time
 from router.merge import merge
 from router.metrics import RequestMeter
 from router.openai.authentication import authenticate
+from router.openai.description import describe
 from router.openai.errors import REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request_id
 from router.openai.event_ids import LAST_EVENT_ID, EventIds, ResumePoint
 from router.openai.fields import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, parse_body
@@ -62,6 +63,7 @@ def build_application(service: Service, access: Access) -> web.Application:
             web.get("/health", handlers.health),
             web.get("/ready", handlers.ready),
             web.get("/metrics", handlers.metrics),
+            web.get("/openapi.json", handlers.describe),
         ]
     )
     return application
@@ -170,6 +172,9 @@ class _Handlers:
         report = await self._service.readiness.check()
         body = {"ready": report.ready, "reason": report.reason, "missing_roles": list(report.missing_roles)}
         return _json(body, status=200 if report.ready else Unavailable.http_status)
+
+    async def describe(self, request: web.Request) -> web.Response:
+        return _json(describe())
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})

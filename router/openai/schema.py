@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from router.options import GenerationOptions
@@ -12,6 +12,15 @@ from router.text import ChatMessage
 from segue.errors import InvalidRequest
 
 MAX_COMPLETION_LOGPROBS = 5
+
+# What is taken, where a validator turns it into something narrower.
+_STRINGS = {"type": "array", "items": {"type": "string"}}
+_INTEGERS = {"type": "array", "items": {"type": "integer"}}
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
 
 
 def _problem(text: str) -> PydanticCustomError:
@@ -91,9 +100,15 @@ class _GenerationBody(_Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_token_biases)] = Field(default_factory=dict)
+    logit_bias: Annotated[
+        dict[int, float],
+        BeforeValidator(_token_biases),
+        WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+    ] = Field(default_factory=dict)
     seed: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_stop_list)] = Field(default_factory=list)
+    stop: Annotated[list[str], BeforeValidator(_stop_list), WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS]})] = Field(
+        default_factory=list
+    )
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     # As in vLLM: lower is served first.
@@ -121,7 +136,11 @@ class _GenerationBody(_Body):
 
 
 class CompletionRequest(_GenerationBody):
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompt_list)]
+    prompt: Annotated[
+        list[str | list[int]],
+        BeforeValidator(_prompt_list),
+        WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS, _INTEGERS, {"type": "array", "items": _INTEGERS}]}),
+    ]
     logprobs: int | None = None
     best_of: int | None = None
 
@@ -144,7 +163,9 @@ class _NoFields(_Body):
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content_text)]
+    content: Annotated[
+        str, BeforeValidator(_content_text), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]})
+    ]
     # Clients send an earlier answer back as they got it; these change nothing while they are empty.
     tool_calls: list[_NoFields] = Field(default_factory=list, max_length=0)
     annotations: list[Any] = Field(default_factory=list)

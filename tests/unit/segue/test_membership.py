@@ -104,3 +104,23 @@ async def test_every_rank_of_a_group_takes_its_address_once(membership: Membersh
     late.cancel()
     with pytest.raises(asyncio.CancelledError):
         await late
+
+
+async def test_a_connection_that_timed_out_is_replaced(membership: Membership, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel calls ETIMEDOUT is a TimeoutError, which redis takes for silence, over and over."""
+    made = []
+    make = membership._redis.pubsub
+    monkeypatch.setattr(membership._redis, "pubsub", lambda: made.append(make()) or made[-1])
+    async with aclosing(membership.changes(0.1)) as changes:
+        for _ in range(3):
+            await anext(changes)
+        (first,) = made
+        first.connection._reader.set_exception(TimeoutError(110, "Connection timed out"))
+        while len(made) < 2:
+            await anext(changes)
+        for _ in range(3):
+            await anext(changes)
+        assert len(made) == 2, "the new one is sound"
+        waiting = asyncio.create_task(anext(changes))
+        await membership.announce(record(), 60_000)
+        await waiting
