@@ -27,6 +27,12 @@ _ERROR = {
         }
     },
 }
+# `data` is a chunk, as JSON, or [DONE]; a stream can be gone on with after the event of an `id`.
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"id": {"type": "string"}, "data": {"type": "string"}},
+}
 _STATUSES = {
     "400": "A field is wrong; `param` names it",
     "404": "The model is not served here",
@@ -64,7 +70,7 @@ def _generation(summary: str, model: type[BaseModel], schemas: dict[str, Any]) -
     content = {"application/json": {"schema": {"$ref": _DIALECT.format(model=model.__name__)}}}
     answer = {
         "description": "The answer, or its chunks as they come",
-        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _EVENT}},
     }
     headers = {
         "X-Request-Timeout": ("Seconds in which the whole answer is wanted", {"type": "number", "exclusiveMinimum": 0}),
