@@ -16,7 +16,7 @@ from bench.tiny_model import make_tiny_model
 from deploy.child import Child
 from deploy.router_process import RouterProcess
 from deploy.valkey import embedded_valkey
-from segue.client import AsyncClient
+from segue.client import Access, AsyncClient
 from segue.config import RouterSettings
 from segue.paths import logs_dir
 
@@ -32,9 +32,10 @@ class FakeCluster:
 
 @asynccontextmanager
 async def fake_cluster(
-    *, router: dict[str, Any] | None = None, max_context: int = 8192, **workers: Any
+    *, router: dict[str, Any] | None = None, api_key: str | None = None, max_context: int = 8192, **workers: Any
 ) -> AsyncIterator[FakeCluster]:
-    """`router` overrides RouterSettings, `workers` those of FakePlan. Serves until the block ends."""
+    """`router` overrides RouterSettings, `workers` those of FakePlan; `api_key` is needed where the router asks for one. Serves
+    until the block ends."""
     logs = logs_dir() / f"fake-{secrets.token_hex(4)}"
     async with AsyncExitStack() as stack:
         model_dir = make_tiny_model(Path(stack.enter_context(tempfile.TemporaryDirectory())) / MODEL, max_context=max_context)
@@ -47,7 +48,7 @@ async def fake_cluster(
         process = await RouterProcess.start(settings, logs / "router.log")
         stack.push_async_callback(process.stop)
         await process.serving()
-        async with AsyncClient(process.grpc) as client:
+        async with AsyncClient(process.grpc, access=Access(api_key=api_key)) as client:
             while len((await client.wait_ready()).workers) < plan.prefill + plan.decode:  # noqa: ASYNC110 - it can only be asked
                 await asyncio.sleep(_BETWEEN_LOOKS_S)
         yield FakeCluster(process, child)

@@ -2,14 +2,17 @@
 
 Requests come at random moments, whether or not earlier ones were answered (an open loop), at one, two and three times what the
 workers can compute. Goodput counts the answers whose first token came in time. A router that lets everybody in serves nobody in
-time; one that refuses what would come too late keeps its goodput, and tells those it refuses at once.
+time; one that refuses what would come too late keeps its goodput, and tells those it refuses at once. At last a tenant that
+asks for little is served beside the one that asks for too much.
 """
 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections import Counter
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -21,7 +24,8 @@ from rich.console import Console
 from bench.fake_cluster import fake_cluster
 from bench.machine import commit, machine_facts
 from bench.report import Report, Row, percentile, print_report, write_json
-from segue.client import AsyncClient, Output, RetryPolicy
+from segue.api_keys import create_key
+from segue.client import Access, AsyncClient, Output, RetryPolicy
 from segue.errors import SegueError
 
 PREFILL_WORKERS, PREFILL_MS_PER_TOKEN, PROMPT_TOKENS = 2, 0.25, 200
@@ -30,6 +34,7 @@ STEP_MS, ANSWER_TOKENS = 10.0, 16
 CAPACITY_RPS = PREFILL_WORKERS * 1000 / (PREFILL_MS_PER_TOKEN * PROMPT_TOKENS)
 TTFT_LIMIT_S = 1.5
 MAX_WAIT_S = 0.8
+LIGHT_RPS = 2.0
 _CONNECTIONS = 4
 
 
@@ -76,32 +81,59 @@ async def load(clients: list[AsyncClient], rate_rps: float, seconds: float, seed
 
 
 async def measure(seconds: float, factors: list[float], console: Console) -> list[Row]:
-    router = {"max_wait_s": MAX_WAIT_S}
     workers: dict[str, Any] = {
         "prefill": PREFILL_WORKERS,
         "decode": 2,
         "prefill_ms_per_token": PREFILL_MS_PER_TOKEN,
         "step_ms": STEP_MS,
     }
-    rows, goodput = list[Row](), dict[float, float]()
-    async with fake_cluster(router=router, **workers) as cluster:
-        clients = [AsyncClient(cluster.router.grpc, retry=RetryPolicy(max_attempts=1)) for _ in range(_CONNECTIONS)]
+    async with AsyncExitStack() as stack:
+        keys_file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "keys.json"
+        keys = {name: create_key(keys_file, name) for name in ("heavy", "light")}
+        router = {"max_wait_s": MAX_WAIT_S, "api_keys_file": keys_file}
+        cluster = await stack.enter_async_context(fake_cluster(router=router, api_key=keys["heavy"], **workers))
+
+        async def connect(name: str) -> AsyncClient:
+            client = AsyncClient(cluster.router.grpc, access=Access(api_key=keys[name]), retry=RetryPolicy(max_attempts=1))
+            return await stack.enter_async_context(client)
+
+        heavy = [await connect("heavy") for _ in range(_CONNECTIONS)]
+        light = [await connect("light")]
+        rows, goodput = list[Row](), dict[float, float]()
         for factor in factors:
             console.print(f"{factor:g} x capacity ({factor * CAPACITY_RPS:.0f} requests/s) for {seconds:g} s")
-            outcomes = await load(clients, factor * CAPACITY_RPS, seconds, seed=int(10 * factor))
+            outcomes = await load(heavy, factor * CAPACITY_RPS, seconds, seed=int(10 * factor))
             goodput[factor] = outcomes.num_good / seconds
-            name = f"{factor:g}x".replace(".", "_")
-            rows.append(Row(f"goodput_{name}_rps", goodput[factor], "requests/s", {"capacity": goodput[factor] / CAPACITY_RPS}))
-            rows.append(Row(f"ttft_{name}_p99_ms", 1000 * percentile(outcomes.ttft_s, 99), "ms"))
-            if outcomes.refused_s:
-                refused_ms = 1000 * percentile(outcomes.refused_s, 99)
-                rows.append(Row(f"refused_{name}", len(outcomes.refused_s), "requests"))
-                rows.append(Row(f"refused_{name}_p99_ms", refused_ms, "ms"))
+            rows += rows_of(f"{factor:g}x".replace(".", "_"), outcomes, goodput[factor])
             if others := outcomes.errors - Counter(overloaded=outcomes.errors["overloaded"]):
                 console.print(f"other errors: {dict(others)}", style="red")
-        for client in clients:
-            await client.close()
-    rows.append(Row("goodput_most_over_peak", goodput[max(factors)] / max(goodput.values()), "ratio"))
+        rows.append(Row("goodput_most_over_peak", goodput[max(factors)] / max(goodput.values()), "ratio"))
+        console.print(f"a light tenant, alone and beside a heavy one, for {seconds:g} s each")
+        alone = await load(light, LIGHT_RPS, seconds, seed=1)
+        _, beside = await asyncio.gather(
+            load(heavy, max(factors) * CAPACITY_RPS, seconds, seed=2), load(light, LIGHT_RPS, seconds, seed=1)
+        )
+    return rows + rows_of_light(alone, beside)
+
+
+def rows_of(name: str, outcomes: Outcomes, goodput_rps: float) -> list[Row]:
+    rows = [
+        Row(f"goodput_{name}_rps", goodput_rps, "requests/s", {"capacity": goodput_rps / CAPACITY_RPS}),
+        Row(f"ttft_{name}_p99_ms", 1000 * percentile(outcomes.ttft_s, 99), "ms"),
+    ]
+    if outcomes.refused_s:
+        rows.append(Row(f"refused_{name}", len(outcomes.refused_s), "requests"))
+        rows += [
+            Row(f"refused_{name}_p{percent}_ms", 1000 * percentile(outcomes.refused_s, percent), "ms") for percent in (50, 99)
+        ]
+    return rows
+
+
+def rows_of_light(alone: Outcomes, beside: Outcomes) -> list[Row]:
+    rows = [Row("light_refused_beside_heavy", sum(beside.errors.values()), "requests")]
+    for percent in (50, 99):
+        alone_ms, beside_ms = (1000 * percentile(outcomes.ttft_s, percent) for outcomes in (alone, beside))
+        rows.append(Row(f"light_ttft_beside_heavy_p{percent}_ms", beside_ms, "ms", {"alone": beside_ms / alone_ms}))
     return rows
 
 

@@ -23,7 +23,7 @@ from segue.trend import Trend
 
 # So much prefill work may lie ahead on a worker, and so many sequences may wait for their ticket on one: enough that it never
 # waits for the router.
-_AHEAD_MS = 500.0
+_AHEAD_MS = 100.0
 _MAX_UNRESERVED = 4
 # Tokens that are generated cost more than those of a prompt (Sheng et al.).
 _OUTPUT_WEIGHT = 2.0

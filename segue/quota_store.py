@@ -59,7 +59,7 @@ class QuotaStore:
         await self._redis.aclose()
 
     async def take(self, key_id: str, limits: tuple[int, int], requests: int, tokens: int, *, always: bool = False) -> float:
-        """`limits` are those of requests and tokens in a minute, 0 for none. Gives the seconds until so much is there; 0: it was
+        """`limits` are those of requests and tokens in a minute, 0 for none. Gives the seconds until so much is there; 0: it is
         taken."""
         async with as_store_unavailable():
             wait_ms = await self._script(keys=[f"{self._prefix}:{key_id}"], args=[*limits, requests, tokens, int(always)])
