@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from router.fake import FakeSequenceServer, token_steps
+from router.fake import FakeOperator, FakeSequenceServer, token_steps
 from router.front import Front
 from router.text import Tokenizer
 from segue.config import RouterSettings
@@ -39,7 +39,7 @@ async def serve(model_dir: Path, model_name: str) -> None:
         grpc_port=0,
         drain_s=1,
     )
-    async with Front(settings, tokenizer, config, core) as front:
+    async with Front(settings, tokenizer, config, core, FakeOperator()) as front:
         say(http=front.http_address, grpc=front.grpc_address)
         await asyncio.to_thread(sys.stdin.read)
     say(active=len(core.active), finished=len(core.finished))
