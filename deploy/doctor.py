@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from deploy.plan import can_listen, num_processes, worker_names
-from deploy.probe import ask
+from deploy.probe import ask, own_grpc, own_tls
 from deploy.processes import usable_cores
 from deploy.router_process import reachable
-from segue.client import AsyncClient
+from segue.client import Access, AsyncClient
 from segue.config import DEFAULT_MODEL, ClusterSettings
 from segue.errors import SegueError
 from segue.paths import home, models_dir
@@ -195,7 +195,9 @@ async def check_valkey() -> Finding:
 async def check_cluster(settings: ClusterSettings) -> AsyncIterator[Finding]:
     """The ports are free, or a cluster serves on them: then whether it is well."""
     address = reachable(f"{settings.host}:{settings.http_port}")
-    health = await asyncio.to_thread(ask, address, "/health", _PROBE_S)
+    access = Access.from_env()
+    tls = own_tls(settings, access)
+    health = await asyncio.to_thread(ask, address, "/health", _PROBE_S, tls)
     if health.fields().get("status") != "ok":
         for port in (settings.http_port, settings.grpc_port):
             if can_listen(settings.host, port):
@@ -204,10 +206,10 @@ async def check_cluster(settings: ClusterSettings) -> AsyncIterator[Finding]:
                 advice = "stop what listens there, or give segue up another --http-port or --grpc-port"
                 yield Finding("ports", "warn", f"{settings.host}:{port} is taken, and not by a cluster", advice)
         return
-    yield Finding("cluster", "ok", f"a router answers on http://{address}")
-    yield await _check_workers(reachable(f"{settings.host}:{settings.grpc_port}"))
+    yield Finding("cluster", "ok", f"a router answers on {'http' if tls is None else 'https'}://{address}")
+    yield await _check_workers(own_grpc(reachable(f"{settings.host}:{settings.grpc_port}"), settings), access)
     started_s = time.monotonic()
-    ready = await asyncio.to_thread(ask, address, "/ready", _PROBE_S)
+    ready = await asyncio.to_thread(ask, address, "/ready", _PROBE_S, tls)
     reason = str(ready.fields().get("reason") or ready.body)
     if ready.is_ok:
         yield Finding("canary", "ok", f"{reason} ({1000 * (time.monotonic() - started_s):.0f} ms)")
@@ -215,9 +217,9 @@ async def check_cluster(settings: ClusterSettings) -> AsyncIterator[Finding]:
         yield Finding("canary", "fail", reason, "segue status shows the workers; their logs tell more")
 
 
-async def _check_workers(address: str) -> Finding:
+async def _check_workers(address: str, access: Access) -> Finding:
     try:
-        async with AsyncClient(address) as client:
+        async with AsyncClient(address, access=access) as client:
             status = await client.status(timeout_s=_PROBE_S)
     except SegueError as error:
         return Finding("workers", "fail", error.message, "give the router's port with --grpc-port")

@@ -23,7 +23,7 @@ from deploy.child import Child, log_tail
 from deploy.cluster import Cluster
 from deploy.driver_events import DriverEvents
 from deploy.plan import check_model, check_settings, plan_driver, plan_router, plan_workers
-from deploy.probe import until_ready
+from deploy.probe import own_tls, until_ready
 from deploy.processes import usable_cores
 from deploy.progress import Report, Stage, silent
 from deploy.ray_cluster import ray_cluster
@@ -32,6 +32,8 @@ from deploy.router_process import ROUTER_COMMAND
 from deploy.routers import Routers
 from deploy.valkey import embedded_valkey
 from deploy.waiting import all_of, in_daemon_thread
+from segue.client import Access
+from segue.cluster_secret import new_secret
 from segue.config import ClusterSettings, WorkerSettings
 from segue.errors import ConfigError, DeadlineExceeded, InternalError
 from segue.membership import Membership
@@ -65,7 +67,8 @@ class Launch:
     """
 
     def __init__(self, settings: ClusterSettings, report: Report = silent, programs: Programs = Programs()) -> None:
-        self._settings = settings
+        # Without one of its user's, a cluster has one of its own in each life.
+        self._settings = settings.model_copy(update={"cluster_secret": settings.cluster_secret or new_secret()})
         self._report = report
         self._programs = programs
         self._stack = AsyncExitStack()
@@ -162,10 +165,16 @@ class Launch:
         self._report(Stage("workers", "done", ", ".join(sorted(announced))))
 
     async def _until_ready(self, cluster: Cluster) -> None:
+        access = Access.from_env()
+        if self._settings.tls_client_ca is not None and access.cert is None:
+            self._report(
+                Stage("ready", "done", "not asked: clients need a certificate; SEGUE_CLIENT_CERT gives the launcher one")
+            )
+            return
         self._report(Stage("ready", "running", "sending a canary request"))
         try:
             async with asyncio.timeout(_READY_LIMIT_S):
-                await until_ready(cluster.http)
+                await until_ready(cluster.http, own_tls(self._settings, access))
         except TimeoutError:
             log = cluster.routers.processes[0].child.log
             raise DeadlineExceeded(

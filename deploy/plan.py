@@ -6,12 +6,10 @@ import socket
 from contextlib import suppress
 
 from deploy.ray_driver import DriverPlan
-from segue.config import LOOPBACK, ClusterSettings, EngineSettings, Role, RouterSettings, WorkerSettings
+from segue.config import LOOPBACK_NAMES, ClusterSettings, DoorSettings, EngineSettings, Role, RouterSettings, WorkerSettings
 from segue.errors import ConfigError
 from segue.models.config import ModelConfig
 from segue.models.store import ModelHandle
-
-_LOOPBACK_NAMES = {LOOPBACK, "localhost", "::1"}
 
 
 def worker_names(settings: ClusterSettings) -> dict[str, tuple[Role, ...]]:
@@ -41,6 +39,7 @@ def plan_workers(
         WorkerSettings(
             **engine,
             cluster_id=cluster_id,
+            cluster_secret=settings.cluster_secret,
             redis=redis,
             worker_id=worker_id,
             roles=roles,
@@ -55,10 +54,13 @@ def plan_router(
     settings: ClusterSettings, *, cluster_id: str, redis: str, model: ModelHandle, number: int = 0
 ) -> RouterSettings:
     """Those of the first router may name no ports; the others are given the ports that it then has."""
+    door = {name: path.absolute() for name in DoorSettings.model_fields if (path := getattr(settings, name)) is not None}
     return RouterSettings(
+        **door,
         router_id=f"router-{number}",
         shares_ports=settings.routers > 1,
         cluster_id=cluster_id,
+        cluster_secret=settings.cluster_secret,
         redis=redis,
         model_dir=model.path,
         model_name=model.name,
@@ -85,7 +87,7 @@ def plan_driver(settings: ClusterSettings, workers: list[WorkerSettings], *, clu
 
 def is_spread(settings: ClusterSettings) -> bool:
     """Whether workers may land on other hosts."""
-    return settings.ray_address is not None and settings.ray_address.rpartition(":")[0] not in _LOOPBACK_NAMES
+    return settings.ray_address is not None and settings.ray_address.rpartition(":")[0] not in LOOPBACK_NAMES
 
 
 def check_settings(settings: ClusterSettings) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import zmq
 from torch._C._distributed_c10d import TCPStore
 
-from deploy.worker_parts import kv_ends, load_engine
+from deploy.worker_parts import kv_ends, load_engine, socket_keys
 from engine.parallel import START_LIMIT, RankGroup, Shard
 from kv_transfer.rank_server import RankServer
 from kv_transfer.ranks import RemoteRank
@@ -79,12 +79,13 @@ class Meeting:
 
 
 @asynccontextmanager
-async def remote_ranks(meeting: Meeting) -> AsyncIterator[list[RemoteRank]]:
+async def remote_ranks(meeting: Meeting, settings: WorkerSettings) -> AsyncIterator[list[RemoteRank]]:
     """On rank 0: the ways to the other ranks. One that is lost ends the block with WorkerLost."""
     context = zmq.Context()
     try:
         numbers = range(1, meeting.group.shard.size)
-        ranks = [RemoteRank(context, number, await meeting.word(_endpoint_of(number))) for number in numbers]
+        keys = socket_keys(settings)
+        ranks = [RemoteRank(context, number, await meeting.word(_endpoint_of(number)), keys) for number in numbers]
         async with background(*(rank.run() for rank in ranks)):
             yield ranks
     finally:
@@ -103,7 +104,7 @@ async def run_rank(settings: WorkerSettings) -> None:
         stack.push_async_callback(asyncio.to_thread, engine.close)
         epoch = int(await meeting.word("epoch"))
         receiver, sender = await stack.enter_async_context(kv_ends(settings, memory, epoch))
-        server = await stack.enter_async_context(RankServer(receiver, sender, settings.host))
+        server = await stack.enter_async_context(RankServer(receiver, sender, settings.host, socket_keys(settings)))
         meeting.store.set(_endpoint_of(settings.rank), server.endpoint)
         async with background(server.run()):
             await engine.follow()

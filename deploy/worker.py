@@ -30,8 +30,10 @@ from kv_transfer.sender import KVSender
 from kv_transfer.tensors import Memory
 from prefill_worker.service import PrefillService
 from segue.cache_feed import CacheFeed
+from segue.cluster_secret import differing_secret
 from segue.config import WorkerSettings
 from segue.errors import ConfigError
+from segue.link_tls import LinkCredentials
 from segue.membership import Membership, held_lease
 from segue.runtime import Wakeups, background, run_process, say_serving, stop_event
 from segue.v1 import worker_pb2
@@ -76,7 +78,7 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         engine, memory = load_engine(settings, meeting.group if meeting is not None else None)
         stack.callback(memory.close)
         stack.callback(engine.close)
-        ranks = await stack.enter_async_context(remote_ranks(meeting)) if meeting is not None else []
+        ranks = await stack.enter_async_context(remote_ranks(meeting, settings)) if meeting is not None else []
         worker = Worker(settings, engine, memory, ranks, epoch)
         await stack.enter_async_context(worker.legs())
         await stack.enter_async_context(worker.server())
@@ -84,6 +86,7 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         if settings.health_port is not None:
             health = health_served(bracketed(settings.host), settings.health_port, engine, lambda: worker.duty.draining)
             await stack.enter_async_context(health)
+        await _tell_of_other_secrets(membership, worker.record())
         yield worker
 
 
@@ -142,11 +145,15 @@ class Worker:
         duty.on_change = servicer.tell_changed
         server = grpc.aio.server(options=LINK_OPTIONS)
         add_WorkerServiceServicer_to_server(servicer, server)
-        host = bracketed(self.settings.host)
+        host, secret = bracketed(self.settings.host), self.settings.secret
+        address = f"{host}:{self.settings.grpc_port}"
         try:
-            port = server.add_insecure_port(f"{host}:{self.settings.grpc_port}")
+            if secret is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, LinkCredentials.of(secret).server)
         except RuntimeError as error:
-            raise ConfigError(f"grpc_port: cannot listen on {host}:{self.settings.grpc_port}: {error}") from None
+            raise ConfigError(f"grpc_port: cannot listen on {address}: {error}") from None
         self.address = f"{host}:{port}"
         await server.start()
         try:
@@ -176,6 +183,7 @@ class Worker:
             draining=self.duty.draining,
             num_ranks=engine.layout.num_ranks,
             number_formats=settings.number_formats,
+            secret_fingerprint=settings.secret.fingerprint if settings.secret is not None else "",
         )
 
     def load(self) -> WorkerLoad:
@@ -201,6 +209,13 @@ class Worker:
 def bracketed(host: str) -> str:
     """As it stands before a port."""
     return f"[{host}]" if ":" in host else host
+
+
+async def _tell_of_other_secrets(membership: Membership, own: worker_pb2.WorkerRecord) -> None:
+    """To the log. Not fatal: while a cluster is given a new secret, worker by worker, there are both for a while."""
+    for other in await membership.list_workers():
+        if problem := differing_secret(f"worker {other.worker_id}", other.secret_fingerprint, own.secret_fingerprint):
+            logger.error("%s", problem.message)
 
 
 async def main() -> None:

@@ -19,6 +19,7 @@ from kv_transfer.memory import KVMemory
 from kv_transfer.protocol import DIST, SHM, TCP
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
+from kv_transfer.sockets import SocketKeys
 from kv_transfer.tensors import DeviceMemory, Memory
 from segue.chaos import Chaos, ChaosSpec
 from segue.config import WorkerSettings
@@ -72,7 +73,7 @@ async def kv_ends(settings: WorkerSettings, memory: Memory, epoch: int) -> Async
     transports: tuple[str, ...] = (settings.kv_transport,)
     if settings.kv_transport == "auto":
         transports = (SHM, TCP) if settings.device == "cpu" else (DIST,)
-    faults = _faults(settings, name)
+    faults, keys = _faults(settings, name), socket_keys(settings)
     async with KVReceiver(
         identity,
         memory,
@@ -83,11 +84,17 @@ async def kv_ends(settings: WorkerSettings, memory: Memory, epoch: int) -> Async
         lease_ms=settings.ticket_lease_ms,
         wire_dtype=settings.wire_dtype,
         faults=faults,
+        keys=keys,
     ) as receiver:
         async with KVSender(
-            identity, memory, transports=transports, local=receiver, wire_dtype=settings.wire_dtype, faults=faults
+            identity, memory, transports=transports, local=receiver, wire_dtype=settings.wire_dtype, faults=faults, keys=keys
         ) as sender:
             yield receiver, sender
+
+
+def socket_keys(settings: WorkerSettings) -> SocketKeys | None:
+    """Of KV sockets and rank sockets."""
+    return SocketKeys.of(settings.secret) if settings.secret is not None and settings.kv_encryption else None
 
 
 def _faults(settings: WorkerSettings, name: str) -> Faults:

@@ -26,7 +26,7 @@ from kv_transfer.plan import SourceRegions, TargetRegions, format_of, mismatch, 
 from kv_transfer.protocol import DIST, LOCAL, SHM, Failure, answer_without_push, named_ticket
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
-from kv_transfer.sockets import AsyncSocket, connected_sender, connection_loss
+from kv_transfer.sockets import AsyncSocket, SocketKeys, connected_sender, connection_loss
 from kv_transfer.tensors import Memory, host_memory
 from kv_transfer.transports import Payload, PushWriter, RegionSource, ShmWriter, TcpWriter, region_format
 from segue.errors import TransferError, TransferRefused
@@ -139,6 +139,7 @@ class RemoteConnection(_Connection):
         wire_dtype: str,
         hello_numbers: Iterator[int],
         faults: Faults,
+        keys: SocketKeys | None,
     ) -> None:
         super().__init__("")
         self.epoch = ticket.decode_epoch
@@ -157,6 +158,7 @@ class RemoteConnection(_Connection):
         self._format = format_of(memory.layout, wire_dtype)
         self._hello_numbers = hello_numbers
         self._faults = faults
+        self._keys = keys
         # How the receiver stores KV, from its Welcome on; and over shared memory its cache itself.
         self._target_layout = memory.layout
         self._target: KVMemory | None = None
@@ -218,7 +220,7 @@ class RemoteConnection(_Connection):
                 await after.close()
                 # What that one could not tell any more is for this one to tell.
                 self.untold_segment = after.untold_segment
-            with connected_sender(self._context, self._endpoint) as (dealer, monitor):
+            with connected_sender(self._context, self._endpoint, self._keys) as (dealer, monitor):
                 socket = self._faults.sending(dealer)
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._watch(monitor))
@@ -247,7 +249,7 @@ class RemoteConnection(_Connection):
         # A loss at the very moment of a cancellation hides it, so that closing needs a word of its own.
         while not self._is_closed and is_open_at_owner(self.untold_segment):
             try:
-                with connected_sender(self._context, self._endpoint) as (dealer, monitor):
+                with connected_sender(self._context, self._endpoint, self._keys) as (dealer, monitor):
                     async with asyncio.TaskGroup() as group:
                         watching = group.create_task(self._watch(monitor))
                         await self._greet(self._faults.sending(dealer), (SHM,))
@@ -329,8 +331,8 @@ class RemoteConnection(_Connection):
 
     async def _watch(self, monitor: AsyncSocket) -> None:
         """Raises TransferError when the connection is lost, or was never made."""
-        await connection_loss(monitor)
-        raise TransferError(f"the connection to {self._peer} at {self._endpoint} was lost")
+        end = await connection_loss(monitor)
+        raise TransferError(f"the connection to {self._peer} at {self._endpoint} {end}")
 
 
 async def _receive(socket: FrameSocket, peer: str) -> pb.TransferFrame:

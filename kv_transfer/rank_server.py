@@ -19,7 +19,7 @@ from kv_transfer.incoming import Incoming
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
-from kv_transfer.sockets import bind_receiver
+from kv_transfer.sockets import SocketKeys, bind_receiver
 from segue.errors import SegueError
 from segue.v1 import ranks_pb2 as pb
 
@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 class RankServer:
     """Listens at `endpoint` while it is entered, and answers while it runs. Both ends of the KV are left later."""
 
-    def __init__(self, receiver: KVReceiver, sender: KVSender, host: str) -> None:
+    def __init__(self, receiver: KVReceiver, sender: KVSender, host: str, keys: SocketKeys | None = None) -> None:
         self._receiver = receiver
         self._sender = sender
         self._host = host
+        self._keys = keys
         self.endpoint = ""
         # By ticket id, until they are fenced.
         self._incoming: dict[int, Incoming] = {}
@@ -47,7 +48,7 @@ class RankServer:
 
     async def __aenter__(self) -> Self:
         self._context = zmq.Context()
-        self._socket, self.endpoint = await bind_receiver(self._context, self._host, 0)
+        self._socket, self.endpoint = await bind_receiver(self._context, self._host, 0, keys=self._keys)
         return self
 
     async def __aexit__(

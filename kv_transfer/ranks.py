@@ -20,7 +20,7 @@ from kv_transfer.handover import IncomingPart, PushPart, Receiver, Sender
 from kv_transfer.incoming import Arrival
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
-from kv_transfer.sockets import AsyncSocket, connected_sender, connection_loss
+from kv_transfer.sockets import AsyncSocket, SocketKeys, connected_sender, connection_loss
 from segue.errors import TransferRefused, WorkerLost, error_from_code
 from segue.runtime import background
 from segue.v1 import ranks_pb2 as pb
@@ -30,10 +30,11 @@ from segue.v1.transfer_pb2 import Ticket
 class RemoteRank:
     """Rank 0's end of the way to another rank, whose RankServer listens at `endpoint`. Nothing is heard before it runs."""
 
-    def __init__(self, context: zmq.SyncContext, rank: int, endpoint: str) -> None:
+    def __init__(self, context: zmq.SyncContext, rank: int, endpoint: str, keys: SocketKeys | None = None) -> None:
         self._context = context
         self._rank = rank
         self._endpoint = endpoint
+        self._keys = keys
         self._ids = itertools.count(1)
         self._outgoing: asyncio.Queue[pb.RankRequest] = asyncio.Queue()
         self._answers: dict[int, asyncio.Future[pb.RankAnswer]] = {}
@@ -42,7 +43,7 @@ class RemoteRank:
     async def run(self) -> NoReturn:
         """Until cancelled. Raises WorkerLost when the rank is gone; so do then all requests, also those under way."""
         try:
-            with connected_sender(self._context, self._endpoint) as (socket, monitor):
+            with connected_sender(self._context, self._endpoint, self._keys) as (socket, monitor):
                 async with background(self._read(socket), self._write(socket)):
                     await connection_loss(monitor)
             raise self._lost()

@@ -37,7 +37,7 @@ from kv_transfer.protocol import (
     named_ticket,
     unknown_ticket,
 )
-from kv_transfer.sockets import bind_receiver
+from kv_transfer.sockets import SocketKeys, bind_receiver
 from kv_transfer.tensors import Memory
 from kv_transfer.transports import MAX_PUSH_BYTES, Payload, check_transports
 from kv_transfer.writers import Writer, Writers
@@ -60,7 +60,8 @@ _MAX_UNCHECKED_PUSHES = 8
 
 class KVReceiver:
     """Receives into `memory` while it is entered. `lease_ms` is how long a ticket lives without a word from its writer;
-    `wire_dtype` is the format in which KV travels over a network, where it is not as this memory stores it."""
+    `wire_dtype` is the format in which KV travels over a network, where it is not as this memory stores it; with `keys` only
+    senders that have them too are let in."""
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class KVReceiver:
         wire_dtype: str = "",
         clock: Callable[[], float] = time.monotonic,
         faults: Faults = NO_FAULTS,
+        keys: SocketKeys | None = None,
     ) -> None:
         self._identity = identity
         self._memory = memory
@@ -84,6 +86,7 @@ class KVReceiver:
         self._wire_dtype = wire_dtype
         self._clock = clock
         self._faults = faults
+        self._keys = keys
         self._ticket_ids = itertools.count(1)
         self._tickets: dict[int, Incoming] = {}
         self._slots = asyncio.Semaphore(_MAX_UNCHECKED_PUSHES)
@@ -101,7 +104,7 @@ class KVReceiver:
         self._context = zmq.Context()
         try:
             longest = replace(self._memory.layout, dtype="float32").region_bytes
-            router, self.endpoint = await bind_receiver(self._context, self._host, longest, self._port)
+            router, self.endpoint = await bind_receiver(self._context, self._host, longest, self._port, self._keys)
         except ConfigError:
             self._context.destroy()
             raise

@@ -23,6 +23,7 @@ from kv_transfer.identity import WorkerIdentity
 from kv_transfer.protocol import LOCAL
 from kv_transfer.push import Push
 from kv_transfer.receiver import KVReceiver
+from kv_transfer.sockets import SocketKeys
 from kv_transfer.tensors import Memory
 from kv_transfer.transports import check_transports
 from segue.errors import TransferError, TransferRefused
@@ -35,7 +36,8 @@ _OPEN_TIMEOUT_S = 5.0
 
 class KVSender:
     """Sends from `memory` while it is entered. `local` is this process's own receiver, if it has one: it must be left last.
-    `wire_dtype` is the format in which KV travels over a network, where it is not as the receiver stores it."""
+    `wire_dtype` is the format in which KV travels over a network, where it is not as the receiver stores it; with `keys`
+    both sides of each connection must have them."""
 
     def __init__(
         self,
@@ -46,11 +48,13 @@ class KVSender:
         local: KVReceiver | None = None,
         wire_dtype: str = "",
         faults: Faults = NO_FAULTS,
+        keys: SocketKeys | None = None,
     ) -> None:
         self._identity = identity
         self._memory = memory
         self._transports = check_transports(transports, memory)
         self._faults = faults
+        self._keys = keys
         self._local = LocalConnection(local) if local is not None else None
         self._wire_dtype = wire_dtype
         self._sender_id = secrets.randbits(64)
@@ -132,6 +136,7 @@ class KVSender:
                 self._wire_dtype,
                 self._hello_numbers,
                 self._faults,
+                self._keys,
             )
             connection.start(after=replaced)
             self._connections[ticket.endpoint] = connection

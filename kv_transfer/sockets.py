@@ -1,18 +1,25 @@
-"""The two ends of a transfer connection: ZeroMQ sockets that neither wait for ever nor grow without bound."""
+"""The two ends of a transfer connection: ZeroMQ sockets that neither wait for ever nor grow without bound, and that with a
+cluster secret talk to members alone."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket as net
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import zmq
+from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 from kv_transfer.transports import MAX_FRAME_BYTES
+from segue.cluster_secret import SETTING, ClusterSecret
 from segue.errors import ConfigError, TransferRefused
+
+logger = logging.getLogger(__name__)
 
 # A peer that says nothing for this long, though pinged, has lost its connection.
 _HEARTBEAT_INTERVAL_MS = 500
@@ -24,7 +31,39 @@ _MAX_CONTROL_BYTES = 2**16
 _LAST_WORDS_MS = 200
 # As plain numbers: arithmetic with the enums that they are takes longer than the calls they are for.
 _NOBLOCK, _POLLIN, _POLLOUT, _EVENTS = int(zmq.NOBLOCK), int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.EVENTS)
-_LOSS_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_HANDSHAKE_FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_LOSS_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _HANDSHAKE_FAILED
+# Strangers may knock as often as they like; the log is not for them to fill.
+_REFUSAL_LOG_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class SocketKeys:
+    """CURVE (CurveZMQ, ZeroMQ RFC 26): encryption and authentication, fresh keys for each connection.
+
+    All receivers of a cluster have one key pair, made from its secret. The public half is a secret as well: nothing ever sends
+    it, and a connection begins with a box that only who knows it can make. So both sides know each other for members, and no
+    list of clients' keys has to be kept.
+    """
+
+    # In Z85, as ZeroMQ takes them.
+    receiver_secret: bytes = field(repr=False)
+    receiver_public: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, secret: ClusterSecret) -> SocketKeys:
+        receiver_secret = z85.encode(secret.key("kv sockets"))
+        return cls(receiver_secret, zmq.curve_public(receiver_secret))
+
+    def protect_receiver(self, socket: zmq.SyncSocket) -> None:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self.receiver_secret)
+
+    def protect_sender(self, socket: zmq.SyncSocket) -> None:
+        public, secret = zmq.curve_keypair()
+        socket.setsockopt(zmq.CURVE_SERVERKEY, self.receiver_public)
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
 
 
 class AsyncSocket:
@@ -38,6 +77,7 @@ class AsyncSocket:
         self._fd = int(socket.getsockopt(zmq.FD))
         self._readable, self._writable = asyncio.Event(), asyncio.Event()
         self._loop.add_reader(self._fd, self._look)
+        self._refusals: tuple[AsyncSocket, asyncio.Task[None]] | None = None
 
     async def receive(self) -> list[zmq.Frame]:
         while True:
@@ -66,7 +106,17 @@ class AsyncSocket:
         finally:
             self._look()
 
+    def log_refusals(self) -> None:
+        """Says from now on, on a listening socket, that peers without the right keys were turned away."""
+        monitor = AsyncSocket(self._socket.get_monitor_socket(_HANDSHAKE_FAILED))
+        self._refusals = monitor, asyncio.create_task(_log_refusals(monitor))
+
     def close(self, linger_ms: int = 0) -> None:
+        if self._refusals is not None:
+            monitor, task = self._refusals
+            task.cancel()
+            self._socket.disable_monitor()
+            monitor.close()
         self._loop.remove_reader(self._fd)
         self._socket.close(linger_ms)
 
@@ -80,11 +130,15 @@ class AsyncSocket:
             self._writable.set()
 
 
-async def bind_receiver(context: zmq.SyncContext, host: str, region_bytes: int, port: int = 0) -> tuple[AsyncSocket, str]:
+async def bind_receiver(
+    context: zmq.SyncContext, host: str, region_bytes: int, port: int = 0, keys: SocketKeys | None = None
+) -> tuple[AsyncSocket, str]:
     """A ROUTER and its endpoint; the system picks a port where none is given. Raises ConfigError when `host` is no address of
     this host, or when the port is taken."""
     socket = context.socket(zmq.ROUTER)
     _set_common(socket)
+    if keys is not None:
+        keys.protect_receiver(socket)
     # Sending to a peer that went away is then an error, which is how its loss is noticed.
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
@@ -100,11 +154,16 @@ async def bind_receiver(context: zmq.SyncContext, host: str, region_bytes: int, 
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"kv_port: port {port} is in use on {host}; give another one, or 0 for any free one") from None
         raise ConfigError(f"host: cannot listen on {host}: {error}; give an address of this machine") from None
-    return AsyncSocket(socket), socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    receiver = AsyncSocket(socket)
+    if keys is not None:
+        receiver.log_refusals()
+    return receiver, socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
 @contextmanager
-def connected_sender(context: zmq.SyncContext, endpoint: str) -> Iterator[tuple[AsyncSocket, AsyncSocket]]:
+def connected_sender(
+    context: zmq.SyncContext, endpoint: str, keys: SocketKeys | None = None
+) -> Iterator[tuple[AsyncSocket, AsyncSocket]]:
     """A DEALER on its way to `endpoint`, and the socket that tells what becomes of its connection (`connection_loss`).
 
     It never reconnects: a new connection would reach a receiver that does not know it, perhaps one of another epoch. Raises
@@ -114,6 +173,8 @@ def connected_sender(context: zmq.SyncContext, endpoint: str) -> Iterator[tuple[
         raise TransferRefused(f"{endpoint!r} is no tcp:// endpoint")
     socket = context.socket(zmq.DEALER)
     _set_common(socket)
+    if keys is not None:
+        keys.protect_sender(socket)
     socket.setsockopt(zmq.RECONNECT_IVL, -1)
     socket.setsockopt(zmq.SNDHWM, _QUEUED_MESSAGES)
     socket.setsockopt(zmq.MAXMSGSIZE, _MAX_CONTROL_BYTES)
@@ -130,10 +191,27 @@ def connected_sender(context: zmq.SyncContext, endpoint: str) -> Iterator[tuple[
         connection.close(_LAST_WORDS_MS)
 
 
-async def connection_loss(monitor: AsyncSocket) -> None:
-    """Returns when the monitored connection is lost, or could not be made."""
-    while not parse_monitor_message([part.bytes for part in await monitor.receive()])["event"] & _LOSS_EVENTS:
-        pass
+async def connection_loss(monitor: AsyncSocket) -> str:
+    """Returns when the monitored connection is lost, or could not be made: what became of it."""
+    event = await _next_event(monitor)
+    while not event & _LOSS_EVENTS:
+        event = await _next_event(monitor)
+    if event & _HANDSHAKE_FAILED:
+        return f"was refused while it was made: do both processes have the same {SETTING}, or both none?"
+    return "was lost"
+
+
+async def _next_event(monitor: AsyncSocket) -> int:
+    return int(parse_monitor_message([part.bytes for part in await monitor.receive()])["event"])
+
+
+async def _log_refusals(monitor: AsyncSocket) -> None:
+    loop, logged_s = asyncio.get_running_loop(), float("-inf")
+    while True:
+        await _next_event(monitor)
+        if loop.time() - logged_s > _REFUSAL_LOG_S:
+            logged_s = loop.time()
+            logger.warning("turned away a KV connection of a process that has another %s, or none", SETTING)
 
 
 def _set_common(socket: zmq.SyncSocket) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import socket
 import uuid
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ from router.operations import Operations
 from router.placement import Placement
 from router.text import Tokenizer
 from router.workers import Workers
-from segue.config import RouterSettings
+from segue.config import LOOPBACK_NAMES, RouterSettings
 from segue.membership import Membership, held_lease
 from segue.models.config import ModelConfig
 from segue.runtime import say_serving, stop_event
@@ -29,10 +30,20 @@ async def run_router(settings: RouterSettings) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish. Raises ModelFileError or ConfigError when it
     cannot start."""
     stop = stop_event()
+    _allow_many_connections()
+    if settings.api_keys_file is None and settings.host not in LOOPBACK_NAMES:
+        logger.warning("no API keys: everybody who reaches %s is let in; set SEGUE_API_KEYS_FILE", settings.host)
     async with serving_router(settings) as front:
         say_serving(http=front.http_address, grpc=front.grpc_address)
         await stop.wait()
         logger.info("stopping: no new requests, running ones may finish")
+
+
+def _allow_many_connections() -> None:
+    """As many as the system lets this process have: when they run out, it could not reach its workers either."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @asynccontextmanager
@@ -42,7 +53,7 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
     model_config = ModelConfig.from_dir(settings.model_dir)
     router_id = settings.router_id or f"router-{uuid.uuid4().hex[:8]}"
     async with Membership(settings.redis, settings.cluster_id) as membership:
-        async with Workers(membership, router_id, settings.model_name).running() as workers:
+        async with Workers(membership, router_id, settings.model_name, settings.secret).running() as workers:
             placement = Placement(workers, settings.policy, may_join=settings.disaggregate == "auto")
             admission = Admission(
                 workers.fleet,

@@ -15,9 +15,11 @@ from types import TracebackType
 from typing import Self
 
 import grpc.aio
-from aiohttp import web
 
+from router.access import Access
 from router.grpc_api import add_reflection, add_services, server_options
+from router.grpc_authentication import Authentication
+from router.http_server import HttpServer
 from router.metrics import Metrics
 from router.openai.http import build_application
 from router.operations import Operator
@@ -29,12 +31,11 @@ from router.records import Records
 from router.sequence import SequenceServer
 from router.service import Service
 from router.text import Tokenizer
+from router.tls import ServerTls, TlsFiles
 from segue.config import RouterSettings
 from segue.errors import ConfigError, ModelFileError
 from segue.models.config import ModelConfig
-
-# Keep-alive connections that a client leaves open are closed by it first: a proxy's usual limit is 60 s.
-_KEEPALIVE_S = 75.0
+from segue.runtime import background
 
 
 class Front:
@@ -48,7 +49,8 @@ class Front:
         server: SequenceServer,
         operator: Operator,
     ) -> None:
-        """Raises ModelFileError when the tokenizer makes tokens that the model does not have."""
+        """Raises ModelFileError when the tokenizer makes tokens that the model does not have, ConfigError for files of keys or
+        certificates that are no good."""
         if tokenizer.num_token_ids > model_config.vocab_size:
             raise ModelFileError(
                 f"{settings.model_dir}: tokenizer.json has token ids up to {tokenizer.num_token_ids - 1}, "
@@ -57,6 +59,8 @@ class Front:
         self._settings = settings
         self.server = server
         self._operator = operator
+        self._access = Access(settings.api_keys_file, settings.secret)
+        self._tls = _tls(settings)
         self._exits = AsyncExitStack()
         self._http_port = self._grpc_port = 0
         self.metrics = Metrics(server)
@@ -88,6 +92,7 @@ class Front:
     async def __aenter__(self) -> Self:
         """Raises ConfigError naming the setting when a port cannot be had."""
         async with AsyncExitStack() as exits:
+            await exits.enter_async_context(background(self._access.follow(), *([self._tls.follow()] if self._tls else [])))
             await exits.enter_async_context(self.readiness)
             http, grpc_server = await self._start_http(exits), await self._start_grpc(exits)
             exits.push_async_callback(self._stop, http, grpc_server)
@@ -99,36 +104,40 @@ class Front:
     ) -> None:
         await self._exits.aclose()
 
-    async def _start_http(self, exits: AsyncExitStack) -> web.AppRunner:
-        runner = web.AppRunner(
-            build_application(self._service),
-            handler_cancellation=True,
-            shutdown_timeout=self._settings.drain_s,
-            keepalive_timeout=_KEEPALIVE_S,
-            access_log=None,
+    async def _start_http(self, exits: AsyncExitStack) -> HttpServer:
+        settings = self._settings
+        server = HttpServer(
+            build_application(self._service, self._access),
+            max_connections=settings.max_connections,
+            shutdown_grace_s=settings.drain_s,
         )
-        await runner.setup()
-        exits.push_async_callback(runner.cleanup)
-        host, port = self._settings.host, self._settings.http_port
+        exits.push_async_callback(server.stop)
+        host, port = settings.host, settings.http_port
         try:
-            await web.TCPSite(runner, host, port, reuse_address=True, reuse_port=self._settings.shares_ports).start()
+            tls = None if self._tls is None else self._tls.http
+            self._http_port = await server.start(host, port, tls, reuse_port=settings.shares_ports)
         except OSError as error:
             raise _cannot_listen(host, port, "http_port", error) from None
-        self._http_port = runner.addresses[0][1]
-        return runner
+        return server
 
     async def _start_grpc(self, exits: AsyncExitStack) -> grpc.aio.Server:
-        server = grpc.aio.server(options=server_options(self._settings.max_body, shares_port=self._settings.shares_ports))
+        settings = self._settings
+        options = server_options(settings.max_body, settings.max_connections, shares_port=settings.shares_ports)
+        server = grpc.aio.server(interceptors=[Authentication(self._access)], options=options)
         add_services(server, self._service)
         add_operator_service(server, self.records, self._operator)
         add_reflection(server, OPERATOR_SERVICE_NAME)
-        host, port = self._settings.host, self._settings.grpc_port
+        host, port = settings.host, settings.grpc_port
         try:
             # gRPC itself does not tell why it cannot listen.
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             with socket.create_server((host, port), family=family, reuse_port=self._settings.shares_ports):
                 pass
-            self._grpc_port = server.add_insecure_port(_address(host, port))
+            address = _address(host, port)
+            if self._tls is None:
+                self._grpc_port = server.add_insecure_port(address)
+            else:
+                self._grpc_port = server.add_secure_port(address, self._tls.grpc)
         except OSError as error:
             raise _cannot_listen(host, port, "grpc_port", error) from None
         except RuntimeError as error:
@@ -137,9 +146,15 @@ class Front:
         exits.push_async_callback(server.stop, None)
         return server
 
-    async def _stop(self, http: web.AppRunner, grpc_server: grpc.aio.Server) -> None:
+    async def _stop(self, http: HttpServer, grpc_server: grpc.aio.Server) -> None:
         self.readiness.drain()
-        await asyncio.gather(grpc_server.stop(self._settings.drain_s), http.cleanup())
+        await asyncio.gather(grpc_server.stop(self._settings.drain_s), http.stop())
+
+
+def _tls(settings: RouterSettings) -> ServerTls | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return ServerTls(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
 
 
 def _address(host: str, port: int) -> str:

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
 from typing import TypeVar
 
 import grpc
@@ -19,7 +18,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from grpc_reflection.v1alpha import reflection
 
-from router.caller import ANONYMOUS
+from router.caller import CURRENT_CALLER
 from router.explain import path_text
 from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
 from router.grpc_health import HEALTH_SERVICE_NAME, add_health
@@ -39,14 +38,26 @@ _Context = grpc.aio.ServicerContext[bytes, bytes]
 _Request = TypeVar("_Request", bound=Message)
 _API = "grpc"
 _PATH_KEY = "segue-path"
+_MAX_CALLS_PER_CONNECTION = 1024
+_MAX_METADATA_BYTES = 16 * 2**10
 
 
-def server_options(max_body: int, *, shares_port: bool = False) -> list[tuple[str, int]]:
-    """Channel options for the server. Without so_reuseport=0 a port in use would be shared without a word."""
+def server_options(max_body: int, max_connections: int, *, shares_port: bool = False) -> list[tuple[str, int]]:
+    """Channel options for the server, which bound what one client can have of it. Without so_reuseport=0 a port in use would be
+    shared without a word."""
     return [
         ("grpc.max_receive_message_length", max_body),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", int(shares_port)),
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        # On one connection; further calls of its client wait there.
+        ("grpc.max_concurrent_streams", _MAX_CALLS_PER_CONNECTION),
+        ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        # A client that vanished without a word holds its calls no longer than this.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
     ]
 
 
@@ -132,7 +143,7 @@ class InferenceServicer:
             names,
             continues_text=kind != "chat",
             seen=seen,
-            caller=replace(ANONYMOUS, priority=request.priority),
+            caller=CURRENT_CALLER.get().asking(request.priority),
             deadline_s=deadline_s,
         )
 
@@ -220,16 +231,16 @@ async def _errors_abort(context: _Context) -> AsyncIterator[None]:
     try:
         yield
     except SegueError as error:
-        await _abort(context, error)
+        await abort_with(context, error)
     except (asyncio.CancelledError, grpc.aio.AbortError):
         raise
     except Exception:
         # A defect of ours: the client gets a well-formed answer, the log the trace.
         logger.exception("a gRPC call failed")
-        await _abort(context, InternalError("internal error; the router's log says more"))
+        await abort_with(context, InternalError("internal error; the router's log says more"))
 
 
-async def _abort(context: _Context, error: SegueError) -> None:
+async def abort_with(context: _Context, error: SegueError) -> None:
     metadata = [
         *(context.trailing_metadata() or ()),
         ("segue-error-code", error.code),

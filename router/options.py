@@ -16,6 +16,8 @@ MAX_CHOICES = 16
 MAX_PRIORITY = 100
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_LOGIT_BIASES = 1024
+MAX_STOP_TOKEN_IDS = 256
 _SEED_BITS = 64
 
 
@@ -218,6 +220,12 @@ def _num_choices(options: GenerationOptions) -> int:
 def _sampling(options: GenerationOptions, limits: ModelLimits, room: int) -> SamplingParams:
     if options.max_tokens is not None and options.max_tokens > room:
         raise InvalidRequest("max_tokens", f"the prompt leaves room for {room} tokens, not {options.max_tokens}")
+    for name, values, most in (
+        ("logit_bias", options.logit_bias, MAX_LOGIT_BIASES),
+        ("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKEN_IDS),
+    ):
+        if len(values) > most:
+            raise InvalidRequest(name, f"at most {most} token ids, not {len(values)}")
     _check_token_ids("logit_bias", list(options.logit_bias), limits)
     _check_token_ids("stop_token_ids", options.stop_token_ids, limits)
     end_token_ids = () if options.ignore_eos else limits.eos_token_ids

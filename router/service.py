@@ -16,10 +16,11 @@ from router.readiness import Readiness
 from router.records import Records, RequestRecord
 from router.sequence import SequenceServer
 from router.text import ChatMessage, Tokenizer
-from segue.errors import ModelNotFound, RequestCancelled
+from segue.errors import InvalidRequest, ModelNotFound, RequestCancelled
 
 # Shorter texts are encoded faster than a thread is woken.
 _INLINE_CHARACTERS = 4096
+MAX_MESSAGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class Service:
         return await asyncio.to_thread(self.tokenizer.encode, text)
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        if len(messages) > MAX_MESSAGES:
+            raise InvalidRequest("messages", f"at most {MAX_MESSAGES}, not {len(messages)}")
         if sum(len(message.content) for message in messages) <= _INLINE_CHARACTERS:
             return self.tokenizer.encode_chat(messages)
         return await asyncio.to_thread(self.tokenizer.encode_chat, messages)

@@ -18,7 +18,10 @@ import grpc
 import grpc.aio
 
 from router.fleet import Fleet, WorkerFacts
+from segue.cluster_secret import ClusterSecret, differing_secret
 from segue.errors import SegueError, StoreUnavailable, WorkerLost, error_from_code
+from segue.link_tls import CHANNEL_OPTIONS as TLS_OPTIONS
+from segue.link_tls import LinkCredentials
 from segue.membership import Membership
 from segue.runtime import Wakeups, background
 from segue.v1 import inference_pb2, worker_pb2
@@ -52,8 +55,16 @@ class LineEvent:
 class WorkerLink:
     """One worker of one epoch. Lives from its first record until the link breaks or its lease lapses."""
 
-    def __init__(self, record: worker_pb2.WorkerRecord, router_id: str, fleet: Fleet) -> None:
+    def __init__(
+        self,
+        record: worker_pb2.WorkerRecord,
+        router_id: str,
+        fleet: Fleet,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """`credentials` None: the cluster has no secret."""
         self.record = record
+        self._credentials = credentials
         self._fleet = fleet
         self.load = inference_pb2.WorkerLoad()
         self.is_open = False
@@ -133,7 +144,7 @@ class WorkerLink:
         """Serves the link until it breaks or this is cancelled; all lines then hear WorkerLost."""
         reason = "its link closed"
         try:
-            async with grpc.aio.insecure_channel(self.record.address, options=LINK_OPTIONS) as channel:
+            async with self._channel() as channel:
                 call = WorkerServiceStub(channel).Link(self._requests())
                 async for message in call:
                     self._deliver(message)
@@ -152,6 +163,12 @@ class WorkerLink:
     def _lose_all(self, reason: str) -> None:
         for events in self._lines.values():
             events.put_nowait(LineEvent(self, WorkerLost(f"worker {self.name} was lost: {reason}")))
+
+    def _channel(self) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self.record.address, options=LINK_OPTIONS)
+        options = [*LINK_OPTIONS, *TLS_OPTIONS]
+        return grpc.aio.secure_channel(self.record.address, self._credentials, options=options)
 
     async def _requests(self) -> AsyncIterator[worker_pb2.LinkRequest]:
         yield worker_pb2.LinkRequest(open=worker_pb2.OpenLink(router_id=self._router_id))
@@ -250,7 +267,11 @@ class WorkerLink:
 class Workers:
     """All workers that this router knows: membership says who should be there, links say who is."""
 
-    def __init__(self, membership: Membership, router_id: str, model_name: str) -> None:
+    def __init__(self, membership: Membership, router_id: str, model_name: str, secret: ClusterSecret | None = None) -> None:
+        self._fingerprint = secret.fingerprint if secret is not None else ""
+        self._credentials = LinkCredentials.of(secret).channel if secret is not None else None
+        # Workers that are left out, so that each is told of once.
+        self._strangers: set[tuple[str, int]] = set()
         self._membership = membership
         self._router_id = router_id
         self._model_name = model_name
@@ -311,7 +332,17 @@ class Workers:
             self.membership_fresh = False
         else:
             self.membership_fresh = True
-            self._update({record.worker_id: record for record in records if record.model == self._model_name})
+            own = [record for record in records if record.model == self._model_name and self._is_member(record)]
+            self._update({record.worker_id: record for record in own})
+
+    def _is_member(self, record: worker_pb2.WorkerRecord) -> bool:
+        """Whether it has this router's secret; one that has not is left out, and told of once."""
+        who = f"worker {record.worker_id} at {record.address}"
+        problem = differing_secret(who, record.secret_fingerprint, self._fingerprint)
+        if problem is not None and (record.worker_id, record.epoch) not in self._strangers:
+            self._strangers.add((record.worker_id, record.epoch))
+            logger.error("%s", problem.message)
+        return problem is None
 
     def _update(self, records: dict[str, worker_pb2.WorkerRecord]) -> None:
         now_s = time.monotonic()
@@ -334,7 +365,7 @@ class Workers:
         """Also opens anew a link that broke while the worker's lease holds: it may have been the network."""
         if (old := self._links.get(record.worker_id)) is not None:
             self._close(old)
-        link = WorkerLink(record, self._router_id, self.fleet)
+        link = WorkerLink(record, self._router_id, self.fleet, self._credentials)
         self._links[record.worker_id] = link
         self._tasks[link] = asyncio.create_task(link.run(self.changed))
 

@@ -8,6 +8,7 @@
 from importlib.metadata import version
 
 from segue.client import (
+    Access,
     AsyncClient,
     AsyncGenerationStream,
     Choice,
@@ -36,6 +37,7 @@ from segue.sampling import FinishReason, GeneratedToken
 __version__ = version("segue")
 
 __all__ = [
+    "Access",
     "AsyncClient",
     "AsyncGenerationStream",
     "Choice",

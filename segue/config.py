@@ -15,13 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from segue.chaos import check_chaos
+from segue.cluster_secret import ClusterSecret, check_secret
 from segue.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 LOOPBACK = "127.0.0.1"
+LOOPBACK_NAMES = frozenset({LOOPBACK, "localhost", "::1"})
 
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -81,7 +83,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors())
             raise ConfigError(f"bad settings: {problems}") from None
 
     def to_env(self) -> dict[str, str]:
@@ -100,6 +102,18 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from None
+
+
+class MemberSettings(Settings):
+    """What makes a process a member of its cluster. Never a flag: command lines can be read by everyone on the machine."""
+
+    cluster_secret: Annotated[str, AfterValidator(check_secret)] = Field(
+        "", repr=False, description="Known to the cluster's processes alone; without it, whoever reaches their ports is let in"
+    )
+
+    @property
+    def secret(self) -> ClusterSecret | None:
+        return ClusterSecret.of(self.cluster_secret)
 
 
 class EngineSettings(Settings):
@@ -129,6 +143,9 @@ class EngineSettings(Settings):
     max_batch: int = Field(64, ge=1, description="Sequences that one worker decodes at a time")
     kv_pull: bool = Field(True, description="Fetch what decode has of a conversation instead of computing it")
     kv_transport: KVTransport = Field("auto", description="How KV travels between workers")
+    kv_encryption: bool = Field(
+        True, description="Let only processes with the cluster secret at KV sockets, and encrypt; slows TCP, not shared memory"
+    )
     chaos: Annotated[str, AfterValidator(check_chaos)] = Field(
         "", description='Faults to inject, such as "seed=1,drop=0.01,kill=decode@push:3" (docs/chaos.md); none if not given'
     )
@@ -152,14 +169,35 @@ class RoutingSettings(Settings):
     )
 
 
-class ClusterSettings(EngineSettings, RoutingSettings):
+class DoorSettings(Settings):
+    """Whom a router lets in, and what it shows to them."""
+
+    api_keys_file: Path | None = Field(
+        None, description="File of API keys, as `segue keys create` writes it; without it nobody needs a key"
+    )
+    tls_cert: Path | None = Field(None, description="Certificate chain (PEM) for both APIs: they then speak TLS alone")
+    tls_key: Path | None = Field(None, description="Private key of --tls-cert (PEM)")
+    tls_client_ca: Path | None = Field(
+        None, description="Authorities (PEM), one of which must have signed each client's certificate: mutual TLS"
+    )
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key: give both or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca: needs tls_cert and tls_key")
+        return self
+
+
+class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings, DoorSettings):
     """All that `segue up` takes."""
 
     model: str = Field(DEFAULT_MODEL, description="Model directory, .gguf file, Hub id or name of an imported model")
     prefill: int = Field(1, ge=1, le=64, description="Prefill workers")
     decode: int = Field(1, ge=1, le=64, description="Decode workers")
     colocated: bool = Field(False, description="Run both phases in one worker, for comparison")
-    redis: str | None = Field(None, description="Redis or Valkey URL; without it an embedded Valkey is started")
+    redis: str | None = Field(None, repr=False, description="Redis or Valkey URL; without it an embedded Valkey is started")
     cluster_id: str | None = Field(
         None, min_length=1, description="Name in the Redis, for further routers to find the workers by; random if not given"
     )
@@ -172,9 +210,9 @@ class ClusterSettings(EngineSettings, RoutingSettings):
     grpc_port: Port = Field(50051, description="gRPC API; 0 picks a free port")
 
 
-class RouterSettings(RoutingSettings):
+class RouterSettings(RoutingSettings, MemberSettings, DoorSettings):
     cluster_id: str
-    redis: str
+    redis: str = Field(repr=False)
     # Unique in the cluster; drawn if not given.
     router_id: str = ""
     model_dir: Path
@@ -188,6 +226,8 @@ class RouterSettings(RoutingSettings):
     max_active_requests: int = Field(1024, ge=1)
     max_waiting_requests: int = Field(4096, ge=1)
     max_body: NumBytes = 8 * 2**20
+    # To each of the two APIs.
+    max_connections: int = Field(4096, ge=1)
     request_timeout_s: float = Field(600.0, gt=0)
     # How long a router that was told to stop waits for the requests it has.
     drain_s: float = Field(10.0, ge=0)
@@ -195,9 +235,9 @@ class RouterSettings(RoutingSettings):
     max_attempts: int = Field(8, ge=1)
 
 
-class WorkerSettings(EngineSettings):
+class WorkerSettings(EngineSettings, MemberSettings):
     cluster_id: str
-    redis: str
+    redis: str = Field(repr=False)
     worker_id: str
     roles: Annotated[tuple[Role, ...], BeforeValidator(parse_names)] = Field(min_length=1)
     model_dir: Path

@@ -3,6 +3,8 @@
 SegueError
 ├── RequestError              the request is at fault; never retryable
 │   ├── InvalidRequest        a field has a bad value (names the field)
+│   ├── Unauthenticated       no API key, or one that is not known (any more)
+│   ├── PermissionDenied      the API key is not for calls of this kind
 │   ├── ModelNotFound         the model asked for is not served here
 │   └── RequestTooLarge       a size limit was exceeded
 ├── Unavailable               the cluster cannot serve this now; retryable
@@ -58,6 +60,18 @@ class InvalidRequest(RequestError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}", field=field)
+
+
+class Unauthenticated(RequestError):
+    code = "unauthenticated"
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+    http_status = 401
+
+
+class PermissionDenied(RequestError):
+    code = "permission_denied"
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+    http_status = 403
 
 
 class ModelNotFound(RequestError):

@@ -12,6 +12,7 @@ from deploy.cli.doctor import doctor
 from deploy.cli.drain import drain
 from deploy.cli.explain import explain
 from deploy.cli.generate import generate
+from deploy.cli.keys import app as keys_app
 from deploy.cli.models import app as models_app
 from deploy.cli.process import router, worker
 from deploy.cli.restart import restart
@@ -55,3 +56,4 @@ app.command()(doctor)
 app.command()(router)
 app.command()(worker)
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")

@@ -15,7 +15,9 @@ from deploy.cli.stages import StageDisplay
 from deploy.cli.stopping import run_until_stopped
 from deploy.cluster import Cluster, ProcessInfo
 from deploy.launch import Launch
-from segue.config import ClusterSettings
+from deploy.probe import own_grpc
+from segue.client import Access
+from segue.config import LOOPBACK_NAMES, ClusterSettings
 from segue.errors import SegueError
 
 # Where nobody watches, lines keep a width that shows a table whole.
@@ -38,8 +40,8 @@ async def _serve(settings: ClusterSettings, console: Console) -> None:
     try:
         took_s = time.monotonic() - started_s
         console.print(process_table(await cluster.processes()))
-        await _show_sample(cluster, console)
-        _show_ways_in(cluster, took_s, console)
+        await _show_sample(cluster, settings, console)
+        _show_ways_in(cluster, settings, took_s, console)
         await cluster.watch(lambda line: console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False))
     finally:
         await launch.__aexit__(None, None, None)
@@ -54,19 +56,33 @@ def process_table(processes: list[ProcessInfo]) -> Table:
     return table
 
 
-async def _show_sample(cluster: Cluster, console: Console) -> None:
+async def _show_sample(cluster: Cluster, settings: ClusterSettings, console: Console) -> None:
+    if settings.api_keys_file is not None and Access.from_env().api_key is None:
+        return
     try:
-        await answer_sample(cluster.grpc, console)
+        await answer_sample(own_grpc(cluster.grpc, settings), console)
     except SegueError as error:  # the cluster is ready all the same, and its user may know better
         console.print(f"the sample prompt failed: {error.message}", style="yellow", markup=False)
 
 
-def _show_ways_in(cluster: Cluster, took_s: float, console: Console) -> None:
+def _show_ways_in(cluster: Cluster, settings: ClusterSettings, took_s: float, console: Console) -> None:
+    url = f"{'http' if settings.tls_cert is None else 'https'}://{cluster.http}/v1"
+    key = "" if settings.api_keys_file is None else ' -H "Authorization: Bearer $SEGUE_API_KEY"'
     body = json.dumps({"model": cluster.model.name, "messages": [{"role": "user", "content": "Say hello."}]})
     lines = (
-        f"serving {cluster.model.name} after {took_s:.1f} s: http://{cluster.http}/v1, gRPC {cluster.grpc}",
-        f"curl http://{cluster.http}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        f"serving {cluster.model.name} after {took_s:.1f} s: {url}, gRPC {own_grpc(cluster.grpc, settings)}",
+        f"curl {url}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        *_cautions(settings),
         f"logs in {cluster.logs}",
         "Ctrl-C stops",
     )
     console.print("\n" + "\n".join(lines), markup=False)
+
+
+def _cautions(settings: ClusterSettings) -> list[str]:
+    """What whoever opens a cluster to a network should know."""
+    if settings.api_keys_file is not None:
+        return [f"API keys: segue keys create NAME --file {settings.api_keys_file}"]
+    if settings.host in LOOPBACK_NAMES:
+        return []
+    return [f"without API keys everybody who reaches {settings.host} is let in; see segue keys --help"]

@@ -14,7 +14,14 @@ from segue.client.channel import DEFAULT_ADDRESS
 from segue.errors import Unreachable
 
 AddressOption = Annotated[
-    str, typer.Option("--address", "-a", envvar="SEGUE_ADDRESS", help="Where the cluster's gRPC API answers, host:port.")
+    str,
+    typer.Option(
+        "--address",
+        "-a",
+        envvar="SEGUE_ADDRESS",
+        help="Where the cluster's gRPC API answers: host:port, with TLS grpcs://host:port. An API key comes from "
+        "SEGUE_API_KEY, certificates from SEGUE_CA, SEGUE_CLIENT_CERT and SEGUE_CLIENT_KEY (files).",
+    ),
 ]
 
 

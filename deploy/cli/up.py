@@ -40,6 +40,10 @@ def up(
     routers: Annotated[int | None, _flag("routers", shape="N")] = None,
     http_port: Annotated[int | None, _flag("http_port", shape="PORT")] = None,
     grpc_port: Annotated[int | None, _flag("grpc_port", shape="PORT")] = None,
+    api_keys_file: Annotated[Path | None, _flag("api_keys_file", shape="FILE", flag="--api-keys")] = None,
+    tls_cert: Annotated[Path | None, _flag("tls_cert", shape="FILE")] = None,
+    tls_key: Annotated[Path | None, _flag("tls_key", shape="FILE")] = None,
+    tls_client_ca: Annotated[Path | None, _flag("tls_client_ca", shape="FILE")] = None,
     dtype: Annotated[str | None, _flag("dtype", shape="float32|bfloat16")] = None,
     quantization: Annotated[str | None, _flag("quantization", shape="none|int8|int4")] = None,
     decode_quantization: Annotated[str | None, _flag("decode_quantization", shape="none|int8|int4")] = None,
@@ -59,6 +63,7 @@ def up(
     policy: Annotated[str | None, _flag("policy", shape="cost|least_loaded|round_robin|random")] = None,
     max_wait_s: Annotated[float | None, _flag("max_wait_s", shape="SECONDS")] = None,
     disaggregate: Annotated[str | None, _flag("disaggregate", shape="auto|always")] = None,
+    kv_encryption: Annotated[bool | None, _flag("kv_encryption", flag="--kv-encryption/--no-kv-encryption")] = None,
     chaos: Annotated[str | None, _flag("chaos", shape="FAULTS")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.", show_default=False)] = None,
 ) -> None:

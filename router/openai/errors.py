@@ -18,7 +18,13 @@ from segue.errors import InternalError, InvalidRequest, RequestTooLarge, SegueEr
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = "1"
-_TYPES = {404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    429: "rate_limit_error",
+}
 
 # Set on a request whose answer has begun: no other answer can be given then.
 STREAM_STARTED = web.RequestKey("stream_started", bool)
@@ -45,6 +51,8 @@ def error_response(error: SegueError) -> web.Response:
     headers = {}
     if error.http_status in {429, 503}:
         headers["Retry-After"] = RETRY_AFTER_S if error.retry_after_s is None else str(math.ceil(error.retry_after_s))
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return _respond(error_body(error), error.http_status, headers)
 
 

@@ -13,9 +13,12 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from router.caller import ANONYMOUS
+from router.access import Access
+from router.caller import CURRENT_CALLER
+from router.http_server import read_body_in_time
 from router.merge import merge
 from router.metrics import RequestMeter
+from router.openai.authentication import authenticate
 from router.openai.description import describe
 from router.openai.errors import RECORD, REQUEST_ID, RETRY_AFTER_S, answer_errors, give_request_id, show_request
 from router.openai.event_ids import LAST_EVENT_ID, EventIds, ResumePoint
@@ -46,9 +49,10 @@ class _Plan:
     extras: Extras
 
 
-def build_application(service: Service) -> web.Application:
+def build_application(service: Service, access: Access) -> web.Application:
     handlers = _Handlers(service)
-    application = web.Application(middlewares=[give_request_id, answer_errors], client_max_size=service.max_body)
+    middlewares = [give_request_id, answer_errors, authenticate(access), read_body_in_time]
+    application = web.Application(middlewares=middlewares, client_max_size=service.max_body)
     application.on_response_prepare.append(show_request)
     application.add_routes(
         [
@@ -99,7 +103,7 @@ class _Handlers:
                     replace(options, seed=own_seed),
                     body.names(),
                     seen=resume.of_prompt(place, len(body.prompt), body.n) if resume else (),
-                    caller=replace(ANONYMOUS, priority=body.priority),
+                    caller=CURRENT_CALLER.get().asking(body.priority),
                     deadline_s=deadline_s,
                 )
             )
@@ -117,7 +121,7 @@ class _Handlers:
             body.names(),
             continues_text=False,
             seen=resume.of_prompt(0, 1, body.n) if resume else (),
-            caller=replace(ANONYMOUS, priority=body.priority),
+            caller=CURRENT_CALLER.get().asking(body.priority),
             deadline_s=_deadline_s(request),
         )
         return _Plan(CHAT, _answer_id(request, resume), seed, [spec], body.stream, body.extras())

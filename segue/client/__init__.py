@@ -1,5 +1,6 @@
 """The Python client, blocking and asyncio, over gRPC. Needs only grpcio and protobuf."""
 
+from segue.client.access import Access
 from segue.client.async_client import AsyncClient, AsyncGenerationStream
 from segue.client.events import Completed, Event, Output, RequestPath, Started
 from segue.client.requests import GenerateOptions, Prompt, SamplingOptions
@@ -9,6 +10,7 @@ from segue.client.status import ClusterStatus, ModelInfo, Tokenization, WorkerLo
 from segue.client.sync_client import Client, GenerationStream
 
 __all__ = [
+    "Access",
     "AsyncClient",
     "AsyncGenerationStream",
     "Choice",

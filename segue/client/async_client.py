@@ -13,6 +13,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from segue.client import status as status_types
+from segue.client.access import Access, target
 from segue.client.channel import CHANNEL_OPTIONS, CONTROL_TIMEOUT_S, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, READY_TIMEOUT_S
 from segue.client.events import Completed, Event, Output, event_from_pb
 from segue.client.failures import failure_from_rpc
@@ -40,13 +41,14 @@ class AsyncClient:
     ...     async for event in client.stream("The capital of France is", max_tokens=8):
     ...         print(event)
 
-    Timeouts, retries and errors are those of `Client`.
+    Access, timeouts, retries and errors are those of `Client`.
     """
 
     def __init__(
         self,
         address: str = DEFAULT_ADDRESS,
         *,
+        access: Access | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -57,7 +59,13 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._retry = retry
         self._sleep = sleep
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        access = Access.from_env() if access is None else access
+        credentials = access.credentials(address)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target(address), options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(target(address), credentials, options=CHANNEL_OPTIONS)
+        self._metadata = access.metadata
         self._stub = InferenceServiceStub(self._channel)
         self._operator = OperatorServiceStub(self._channel)
 
@@ -85,7 +93,9 @@ class AsyncClient:
         """The same request as `generate`, its events as they come. It is sent when the iteration begins."""
         request = generate_request(prompt, options)
         attempts = Attempts(self._retry, options.get("timeout_s", self._timeout_s))
-        return AsyncGenerationStream(self._stub, request, attempts, address=self.address, sleep=self._sleep)
+        return AsyncGenerationStream(
+            self._stub, request, attempts, address=self.address, metadata=self._metadata, sleep=self._sleep
+        )
 
     async def tokenize(
         self,
@@ -163,7 +173,7 @@ class AsyncClient:
         attempts = Attempts(self._retry, timeout_s)
         while True:
             try:
-                return await method(request, timeout=attempts.begin())
+                return await method(request, timeout=attempts.begin(), metadata=self._metadata)
             except grpc.RpcError as error:
                 pause_s = attempts.pause_s(failure_from_rpc(error, self.address))
             await self._sleep(pause_s)
@@ -183,12 +193,14 @@ class AsyncGenerationStream:
         attempts: Attempts,
         *,
         address: str,
+        metadata: tuple[tuple[str, str], ...],
         sleep: Callable[[float], Awaitable[None]],
     ) -> None:
         self._stub = stub
         self._resumption = Resumption(request)
         self._attempts = attempts
         self._address = address
+        self._metadata = metadata
         self._sleep = sleep
         self._call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse] | None = None
         self._cancelled = False
@@ -229,7 +241,9 @@ class AsyncGenerationStream:
         raise RequestCancelled("the stream was cancelled, or its client closed")
 
     async def _attempt(self) -> AsyncGenerator[Event, None]:
-        call = self._call = self._stub.Generate(self._resumption.request(), timeout=self._attempts.begin())
+        call = self._call = self._stub.Generate(
+            self._resumption.request(), timeout=self._attempts.begin(), metadata=self._metadata
+        )
         try:
             async for message in call:
                 event = event_from_pb(message)

@@ -22,6 +22,8 @@ _ERROR_FOR_STATUS: dict[grpc.StatusCode, type[errors.SegueError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.RequestError,
     grpc.StatusCode.OUT_OF_RANGE: errors.RequestError,
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFound,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.RequestTooLarge,
 }
 

@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import Message
 
 from segue.client import status as status_types
+from segue.client.access import Access, target
 from segue.client.channel import CHANNEL_OPTIONS, CONTROL_TIMEOUT_S, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, READY_TIMEOUT_S
 from segue.client.events import Completed, Event, Output, event_from_pb
 from segue.client.failures import failure_from_rpc
@@ -37,6 +38,8 @@ class Client:
     >>> with Client() as client:
     ...     print(client.generate("The capital of France is", max_tokens=8, temperature=0).text)
 
+    `access` is the API key and TLS, from the environment unless given (segue/client/access.py).
+
     `timeout_s` bounds each `generate` and `stream` that names no other, retries included; None waits for ever. A call is
     sent again, as `retry` says, only while none of its output was given out, and only when the cluster marked the error as
     retryable or could not be reached. Every failure is an error of `segue.errors`.
@@ -46,6 +49,7 @@ class Client:
         self,
         address: str = DEFAULT_ADDRESS,
         *,
+        access: Access | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
         sleep: Callable[[float], None] = time.sleep,
@@ -54,7 +58,13 @@ class Client:
         self._timeout_s = timeout_s
         self._retry = retry
         self._sleep = sleep
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        access = Access.from_env() if access is None else access
+        credentials = access.credentials(address)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target(address), options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target(address), credentials, options=CHANNEL_OPTIONS)
+        self._metadata = access.metadata
         self._stub = InferenceServiceStub(self._channel)
         self._operator = OperatorServiceStub(self._channel)
 
@@ -80,7 +90,7 @@ class Client:
         """The same request as `generate`, its events as they come. It is sent when the iteration begins."""
         request = generate_request(prompt, options)
         attempts = Attempts(self._retry, options.get("timeout_s", self._timeout_s))
-        return GenerationStream(self._stub, request, attempts, address=self.address, sleep=self._sleep)
+        return GenerationStream(self._stub, request, attempts, address=self.address, metadata=self._metadata, sleep=self._sleep)
 
     def tokenize(
         self,
@@ -150,7 +160,7 @@ class Client:
         attempts = Attempts(self._retry, timeout_s)
         while True:
             try:
-                return method(request, timeout=attempts.begin())
+                return method(request, timeout=attempts.begin(), metadata=self._metadata)
             except grpc.RpcError as error:
                 pause_s = attempts.pause_s(failure_from_rpc(error, self.address))
             self._sleep(pause_s)
@@ -170,12 +180,14 @@ class GenerationStream:
         attempts: Attempts,
         *,
         address: str,
+        metadata: tuple[tuple[str, str], ...],
         sleep: Callable[[float], None],
     ) -> None:
         self._stub = stub
         self._resumption = Resumption(request)
         self._attempts = attempts
         self._address = address
+        self._metadata = metadata
         self._sleep = sleep
         self._call: _CallIterator[pb.GenerateResponse] | None = None
         self._cancelled = False
@@ -206,7 +218,9 @@ class GenerationStream:
             self._sleep(pause_s)
 
     def _attempt(self) -> Iterator[Event]:
-        call = self._call = self._stub.Generate(self._resumption.request(), timeout=self._attempts.begin())
+        call = self._call = self._stub.Generate(
+            self._resumption.request(), timeout=self._attempts.begin(), metadata=self._metadata
+        )
         try:
             # cancel() may have come before the call was there to be cancelled.
             if self._cancelled:

