@@ -35,6 +35,9 @@ from segue.v1 import worker_pb2
 from segue.v1.inference_pb2 import WorkerLoad
 
 BLOCK_SIZE = 512
+# Of a hand-over, besides what is hidden behind computing, and of what prefill fetches from decode.
+HAND_OVER_MS = 2.0
+FETCH_MS_PER_TOKEN = 0.01
 # Of a worker: with these, four prefill workers are busy about two thirds of the time, were nothing cached.
 PREFILL_MS_PER_TOKEN = 0.065
 DECODE_MS_PER_STEP = 20.0
@@ -56,6 +59,18 @@ class Running:
     placed: Placed
     hashes: list[bytes]
     lease: Lease | None = None
+    # From placement to the answer's end; None where there was no memory left for it.
+    decode_lease: Lease | None = None
+
+    @property
+    def reusable(self) -> list[bytes]:
+        """At least the last token is computed."""
+        return self.hashes[: (len(self.request.token_ids) - 1) // BLOCK_SIZE]
+
+    @property
+    def num_on_decode(self) -> int:
+        """Leading tokens that decode has already."""
+        return self.decode_lease.num_cached * BLOCK_SIZE if self.decode_lease is not None else 0
 
 
 @dataclass(eq=False)
@@ -78,7 +93,10 @@ class SimulatedWorker:
         load = WorkerLoad(
             free_blocks=self.pool.num_free,
             cached_blocks=self.pool.num_cached,
-            queued_tokens=sum(len(running.request.token_ids) for running in self.waiting),
+            queued_tokens=sum(
+                len(running.request.token_ids) - self.pool.num_leading(running.reusable) * BLOCK_SIZE
+                for running in self.waiting
+            ),
             decode_sequences=self.num_decoding,
             prefill_ms_per_token=PREFILL_MS_PER_TOKEN,
             decode_ms_per_step=DECODE_MS_PER_STEP,
@@ -120,12 +138,12 @@ def ideal_hit_share(requests: Sequence[Request]) -> float:
 
 
 class Simulation:
-    def __init__(self, policy: str, num_pairs: int, num_blocks: int) -> None:
+    def __init__(self, policy: str, num_pairs: int, num_blocks: int, *, pulls_kv: bool = True) -> None:
         self._workers = Workers(Membership("redis://127.0.0.1:1", "bench"), "router", "m")
         self._simulated: dict[WorkerLink, SimulatedWorker] = {}
         for number in range(num_pairs):
-            self._join(f"prefill-{number}", "prefill", num_blocks)
-            self._join(f"decode-{number}", "decode", 10**9)
+            for role in ("prefill", "decode"):
+                self._join(f"{role}-{number}", role, num_blocks, pulls_kv)
         self._placement = Placement(self._workers, policy, may_join=False)
         self._events: list[tuple[float, int, Running]] = []
         self._order = itertools.count()
@@ -133,22 +151,30 @@ class Simulation:
         self._num_hit = 0
         self._ttft_ms: list[float] = []
 
-    def _join(self, worker_id: str, role: str, num_blocks: int) -> None:
+    def _join(self, worker_id: str, role: str, num_blocks: int, pulls_kv: bool) -> None:
         record = worker_pb2.WorkerRecord(
-            worker_id=worker_id, roles=[role], layout_fingerprint="f", total_blocks=num_blocks, block_size=BLOCK_SIZE
+            worker_id=worker_id,
+            roles=[role],
+            layout_fingerprint="f",
+            total_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            pulls_kv=pulls_kv,
         )
         link = WorkerLink(record, "router", self._workers.fleet)
         self._workers._links[worker_id] = link  # noqa: SLF001
         link._deliver(worker_pb2.LinkResponse(opened=worker_pb2.LinkOpened(worker=record)))  # noqa: SLF001
-        self._simulated[link] = SimulatedWorker(link, BlockPool(num_blocks if role == "prefill" else 1))
+        self._simulated[link] = SimulatedWorker(link, BlockPool(num_blocks))
 
     def run(self, requests: Sequence[Request], label: str) -> Outcome:
         for request in track(requests, label, transient=True):
             self._run_until(request.arrival_ms)
             placed = self._placement.place(Wanted(request.token_ids, request.num_output_tokens))
             placed.__enter__()
+            running = Running(request, placed, block_hashes(request.token_ids, BLOCK_SIZE))
+            num_tokens = len(request.token_ids) + request.num_output_tokens
+            running.decode_lease = self._simulated[placed.decode].pool.lease(-(-num_tokens // BLOCK_SIZE), running.hashes)
             worker = self._simulated[placed.prefill]
-            worker.waiting.append(Running(request, placed, block_hashes(request.token_ids, BLOCK_SIZE)))
+            worker.waiting.append(running)
             self._compute_next(worker)
         self._run_until(float("inf"))
         busy_ms = [worker.busy_ms for worker in self._simulated.values() if worker.busy_ms]
@@ -171,11 +197,15 @@ class Simulation:
         if worker.computing is None and worker.waiting:
             running = worker.computing = worker.waiting.popleft()
             num_tokens = len(running.request.token_ids)
-            lease = worker.pool.lease(-(-num_tokens // BLOCK_SIZE), running.hashes[: (num_tokens - 1) // BLOCK_SIZE])
+            lease = worker.pool.lease(-(-num_tokens // BLOCK_SIZE), running.reusable)
             assert lease is not None, "a prompt is larger than a worker's memory"
             running.lease = lease
-            self._num_hit += lease.num_cached * BLOCK_SIZE
-            duration_ms = (num_tokens - lease.num_cached * BLOCK_SIZE) * PREFILL_MS_PER_TOKEN
+            num_cached = lease.num_cached * BLOCK_SIZE
+            num_fetched = 0
+            if worker.link.record.pulls_kv:
+                num_fetched = max(min(running.num_on_decode, len(running.reusable) * BLOCK_SIZE) - num_cached, 0)
+            self._num_hit += num_cached + num_fetched
+            duration_ms = num_fetched * FETCH_MS_PER_TOKEN + (num_tokens - num_cached - num_fetched) * PREFILL_MS_PER_TOKEN
             worker.busy_ms += duration_ms
             self._after(duration_ms, running)
         worker.tell()
@@ -185,19 +215,24 @@ class Simulation:
         assert running.lease is not None
         for index, block_hash in enumerate(running.hashes):
             worker.pool.publish(running.lease, index, block_hash)
+            if running.decode_lease is not None:
+                decode.pool.publish(running.decode_lease, index, block_hash)
         worker.pool.release(running.lease)
         running.lease = worker.computing = None
         running.placed.end_prefill()
+        running.placed.handed_over(len(running.request.token_ids) - running.num_on_decode, HAND_OVER_MS / 1000)
         self._ttft_ms.append(self._now_ms - running.request.arrival_ms)
         self._compute_next(worker)
         decode.num_decoding += 1
         decode.tell()
         step_ms = DECODE_MS_PER_STEP + DECODE_MS_PER_SEQUENCE * decode.num_decoding
-        self._after(step_ms * running.request.num_output_tokens, running)
+        self._after(HAND_OVER_MS + step_ms * running.request.num_output_tokens, running)
 
     def _decoded(self, running: Running) -> None:
         decode = self._simulated[running.placed.decode]
         decode.num_decoding -= 1
+        if running.decode_lease is not None:
+            decode.pool.release(running.decode_lease)
         decode.tell()
         running.placed.__exit__(None, None, None)
         self._placement.learn_length(running.request.num_output_tokens)
@@ -206,7 +241,7 @@ class Simulation:
 def main(
     trace: Annotated[Path, typer.Option(help="The workload, in Mooncake's format.", exists=True, dir_okay=False)],
     pairs: Annotated[int, typer.Option(min=1, help="Prefill workers, and as many decode workers.")] = 4,
-    memory_tokens: Annotated[int, typer.Option(min=150_000, help="KV memory of each prefill worker.")] = 4_000_000,
+    memory_tokens: Annotated[int, typer.Option(min=150_000, help="KV memory of each worker.")] = 4_000_000,
     requests: Annotated[int, typer.Option(min=0, help="The first so many requests; 0 is all.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there as well.")] = None,
 ) -> None:
@@ -215,6 +250,9 @@ def main(
     asked = read_trace(trace, requests)
     ideal = ideal_hit_share(asked)
     outcomes = {name: Simulation(name, pairs, memory_tokens // BLOCK_SIZE).run(asked, name) for name in POLICIES}
+    outcomes["cost_without_fetching"] = Simulation("cost", pairs, memory_tokens // BLOCK_SIZE, pulls_kv=False).run(
+        asked, "cost, nothing fetched from decode"
+    )
     outcomes["cost_infinite_cache"] = Simulation("cost", pairs, 400_000).run(asked, "cost, infinite caches")
     rows = [Row("hit_share_ideal", ideal, "share")]
     base = outcomes["round_robin"]

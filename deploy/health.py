@@ -12,10 +12,11 @@ from collections.abc import Mapping
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.probe import ask
+from deploy.probe import ask, own_tls
 from deploy.router_process import reachable
 from deploy.worker_health import LIVENESS
-from segue.config import LOOPBACK
+from segue.client import Access
+from segue.config import LOOPBACK, DoorSettings
 
 _LIMIT_S = 5.0
 
@@ -25,7 +26,8 @@ def complaint(env: Mapping[str, str]) -> str:
     host = env.get("SEGUE_HOST", LOOPBACK)
     if "SEGUE_ROLES" in env:
         return _worker_complaint(f"{host}:{env.get('SEGUE_HEALTH_PORT', '0')}")
-    answer = ask(reachable(f"{host}:{env.get('SEGUE_HTTP_PORT', '8000')}"), "/health", _LIMIT_S)
+    tls = own_tls(DoorSettings.load(env=env), Access.from_env(env))
+    answer = ask(reachable(f"{host}:{env.get('SEGUE_HTTP_PORT', '8000')}"), "/health", _LIMIT_S, tls)
     return "" if answer.is_ok else f"status {answer.status}: {answer.body}"
 
 

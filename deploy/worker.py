@@ -183,6 +183,7 @@ class Worker:
             draining=self.duty.draining,
             num_ranks=engine.layout.num_ranks,
             number_formats=settings.number_formats,
+            pulls_kv=settings.kv_pull,
             secret_fingerprint=settings.secret.fingerprint if settings.secret is not None else "",
         )
 

@@ -85,6 +85,10 @@ class BlockPool:
         """Blocks that a lease without a prefix hit can get."""
         return len(self._free) + len(self._cached)
 
+    def num_leading(self, hashes: Sequence[bytes]) -> int:
+        """How many of a prompt's first blocks a lease would find computed."""
+        return len(self._match(hashes))
+
     def lease(self, num_blocks: int, hashes: Sequence[bytes] = ()) -> Lease | None:
         """The longest published prefix of `hashes`, then fresh blocks, `num_blocks` together.
 

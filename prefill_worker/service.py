@@ -90,11 +90,21 @@ class PrefillService:
     def add_load(self, load: WorkerLoad) -> None:
         load.waiting_requests += len(self._waiting)
         load.running_requests += len(self._jobs) - len(self._waiting)
-        load.queued_tokens += sum(job.sequence.num_uncomputed for job in (*self._waiting, *self._pulling, *self._computing))
+        load.queued_tokens += sum(job.sequence.num_uncomputed for job in (*self._pulling, *self._computing))
+        load.queued_tokens += sum(self._num_to_compute(job) for job in self._waiting)
         load.prefilled_tokens += self._num_prefilled_tokens
         load.prefix_hit_tokens += self._num_hit_tokens
         load.transferred_bytes += self._num_transferred_bytes
         load.failed_transfers += self._num_failed_transfers
+
+    def _num_to_compute(self, job: PrefillJob) -> int:
+        """Of a prompt that waits: what its lease would not find in the cache, were it granted now."""
+        num_cached = self._engine.pool.num_leading(self._reusable_hashes(job)) * self._engine.layout.block_size
+        return job.sequence.num_initial_tokens - num_cached
+
+    def _reusable_hashes(self, job: PrefillJob) -> SequenceOf[bytes]:
+        """At least the last token is computed anew: its logits are what the prompt is computed for."""
+        return job.block_hashes[: (job.sequence.num_initial_tokens - 1) // self._engine.layout.block_size]
 
     @property
     def num_sequences(self) -> int:
@@ -217,10 +227,8 @@ class PrefillService:
         pool, layout = self._engine.pool, self._engine.layout
         while self._waiting:
             job = self._waiting[0]
-            # At least the last token is computed anew: its logits are what the prompt is computed for.
-            num_reusable = (job.sequence.num_initial_tokens - 1) // layout.block_size
             num_blocks = layout.num_blocks_for(job.sequence.num_initial_tokens)
-            lease = pool.lease(num_blocks, job.block_hashes[:num_reusable])
+            lease = pool.lease(num_blocks, self._reusable_hashes(job))
             if lease is None:
                 return
             self._waiting.popleft()

@@ -103,7 +103,7 @@ class Admission:
 
     def _seconds_per_token(self) -> float:
         rows = self._fleet.rows
-        rates = (1 / prefill_ms_per_token(rows))[rows["available"] & rows["prefills"]]
+        rates = 1 / prefill_ms_per_token(rows)[rows["available"] & rows["prefills"]]
         return float(1 / (1000 * rates.sum())) if rates.size else 0.0
 
     def _refuse_if_hopeless(self, request: SequenceRequest, deadline_s: float) -> None:

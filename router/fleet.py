@@ -30,6 +30,8 @@ class WorkerFacts(NamedTuple):
     layout: int
     formats: int
     host: int
+    # For a prompt that it computes it fetches what only the decode worker has.
+    pulls_kv: bool
     block_size: int
     # Prompt plus output tokens that fit its KV memory.
     capacity_tokens: int

@@ -58,9 +58,9 @@ class Front:
             )
         self._settings = settings
         self.server = server
-        self._operator = operator
         self._access = Access(settings.api_keys_file, settings.secret)
         self._tls = _tls(settings)
+        self._operator = operator
         self._exits = AsyncExitStack()
         self._http_port = self._grpc_port = 0
         self.metrics = Metrics(server)

@@ -37,9 +37,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 _Request = TypeVar("_Request", bound=Message)
 _API = "grpc"
-_PATH_KEY = "segue-path"
 _MAX_CALLS_PER_CONNECTION = 1024
 _MAX_METADATA_BYTES = 16 * 2**10
+_PATH_KEY = "segue-path"
 
 
 def server_options(max_body: int, max_connections: int, *, shares_port: bool = False) -> list[tuple[str, int]]:

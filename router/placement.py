@@ -41,24 +41,27 @@ class Wanted:
 class Placed:
     """Two workers, which may be one, that shall serve a sequence. Charged for as long as the `with` block runs."""
 
-    def __init__(self, prefill: WorkerLink, decode: WorkerLink, choice: Choice, num_queued: int, placement: Placement) -> None:
+    def __init__(
+        self, prefill: WorkerLink, decode: WorkerLink, choice: Choice, placement: Placement, *, num_queued: int, num_blocks: int
+    ) -> None:
         self.prefill = prefill
         self.decode = decode
         self.reason = choice.reason
         self._num_queued = num_queued
+        self._num_blocks = num_blocks
         self._placement = placement
         self._prefills = True
         self._is_reserved = False
 
     def __enter__(self) -> Self:
         self.prefill.charge(tokens=self._num_queued)
-        self.decode.charge(sequences=1, unreserved=1)
+        self.decode.charge(sequences=1, unreserved=1, blocks=self._num_blocks)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.end_prefill()
         self.reserved()
-        self.decode.charge(sequences=-1)
+        self.decode.charge(sequences=-1, blocks=-self._num_blocks)
 
     def end_prefill(self) -> None:
         """The first token is out. Doing it twice does no harm."""
@@ -102,11 +105,21 @@ class Placement:
         choices = [self._policy(situation) for situation in self._situations(rows, cached, wanted)]
         if not choices:
             raise InvalidRequest("max_tokens", "prompt and output exceed the KV memory of every worker")
-        choice = min(choices, key=lambda choice: choice.cost_ms)
+        first = self._turn % len(choices)
+        # Policies that predict no cost take layouts in turns.
+        choice = min(choices[first:] + choices[:first], key=lambda choice: choice.cost_ms)
         if choice.reason != COLOCATED:
             self._is_split = choice.reason == DISAGGREGATED
-        num_queued = max(len(wanted.token_ids) - int(cached[choice.prefill]), 1)
-        return Placed(self._link(choice.prefill), self._link(choice.decode), choice, num_queued, self)
+        num_tokens, decode = len(wanted.token_ids), self._link(choice.decode)
+        num_known = int(max(cached[choice.prefill], cached[choice.decode] if rows["pulls_kv"][choice.prefill] else 0))
+        return Placed(
+            self._link(choice.prefill),
+            decode,
+            choice,
+            self,
+            num_queued=max(num_tokens - num_known, 1),
+            num_blocks=(num_tokens - int(cached[choice.decode])) // decode.record.block_size + 1,
+        )
 
     def _situations(self, rows: Rows, cached: NDArray[np.int64], wanted: Wanted) -> Iterator[Situation]:
         """One for each KV layout that has workers for the sequence. Raises NoWorker."""
@@ -129,22 +142,25 @@ class Placement:
                     rows=rows,
                     prefills=senders & (receivers | ~decodes),
                     decodes=receivers,
+                    roomy=roomy_for_all,
                     num_tokens=num_tokens,
                     expected_tokens=min(self._expected_tokens, wanted.max_tokens),
                     cached=cached,
                     hand_over_ms=min((ms for ms in (near_ms, far_ms) if ms > 0), default=0.0),
                     near_ms_per_token=near_ms_per_token,
-                    far_ms_per_token=far_ms_per_token,
+                    far_ms_per_token=max(far_ms_per_token, near_ms_per_token),
                     may_join=self._may_join and _compute_alike(rows, here),
                     turn=self._turn,
                     draw=draw,
                     is_split=self._is_split,
                 )
 
-    def _trusted(self, rows: Rows, suspects: Set[str]) -> Mask:
+    def _trusted(self, rows: Rows, suspects: Set[str]) -> Mask | None:
+        """None when all are."""
+        if not suspects:
+            return None
         trusted = np.ones(len(rows), np.bool_)
-        if suspects:
-            trusted[[link.row for link in self._workers.available() if link.record.worker_id in suspects]] = False
+        trusted[[link.row for link in self._workers.available() if link.record.worker_id in suspects]] = False
         return trusted
 
     def learn_hand_over(self, prefill: WorkerLink, decode: WorkerLink, num_tokens: int, seconds: float) -> None:
@@ -168,8 +184,10 @@ def _no_worker(prefills: Mask, decodes: Mask) -> NoWorker:
     )
 
 
-def _preferred(candidates: Mask, trusted: Mask) -> Mask:
+def _preferred(candidates: Mask, trusted: Mask | None) -> Mask:
     """Those that are trusted; all, if none is."""
+    if trusted is None:
+        return candidates
     preferred = candidates & trusted
     return preferred if preferred.any() else candidates
 

@@ -45,6 +45,8 @@ class Situation:
     # Candidates for either side; those in both are colocated workers, which pair with themselves.
     prefills: Mask
     decodes: Mask
+    # Rows whose memory holds the prompt and the longest answer.
+    roomy: Mask
     # Prompt, and what was generated before.
     num_tokens: int
     # How many more are expected.
@@ -52,7 +54,7 @@ class Situation:
     # By row: leading tokens whose KV is there.
     cached: NDArray[np.int64]
     # Milliseconds between a prompt's last step and its receipt: for any hand-over, and for each token sent to the same and to
-    # another host.
+    # another host, which takes no less.
     hand_over_ms: float = 0.0
     near_ms_per_token: float = 0.0
     far_ms_per_token: float = 0.0
@@ -66,12 +68,22 @@ class Situation:
     @cached_property
     def prompt_ms(self) -> Milliseconds:
         """To compute what is not cached. The last token always is computed: its logits are what the prompt is computed for."""
-        return np.maximum(self.num_tokens - self.cached, 1) * self._prefill_ms_per_token
+        return np.maximum(self.num_tokens - self.cached, 1) * self.prefill_ms_per_token
 
     @cached_property
     def first_token_ms(self) -> Milliseconds:
         """Until the first token: what is ahead, and the prompt."""
-        return self.rows["queued_tokens"] * self._prefill_ms_per_token + self.prompt_ms
+        return self.queue_ms + self.prompt_ms
+
+    @cached_property
+    def queue_ms(self) -> Milliseconds:
+        ahead: Milliseconds = self.rows["queued_tokens"] * self.prefill_ms_per_token
+        return ahead
+
+    def fetched_tokens(self, num_on_decode: int) -> NDArray[np.int64]:
+        """Whose KV need not be computed, should the decode worker have that of so many."""
+        num_fetchable = min(num_on_decode, self.num_tokens - 1)
+        return np.where(self.rows["pulls_kv"], np.maximum(num_fetchable - self.cached, 0), 0)
 
     @cached_property
     def moved_tokens(self) -> NDArray[np.int64]:
@@ -82,8 +94,8 @@ class Situation:
     def decode_ms(self) -> Milliseconds:
         """Of all steps, and of what this sequence adds to the steps of those that run already; and waiting for memory."""
         rows = self.rows
-        per_step = _measured(rows["decode_ms_per_step"], DEFAULT_DECODE_MS_PER_STEP)
-        per_sequence = _measured(rows["decode_ms_per_sequence"], DEFAULT_DECODE_MS_PER_SEQUENCE)
+        per_step = _measured(rows, "decode_ms_per_step", DEFAULT_DECODE_MS_PER_STEP)
+        per_sequence = _measured(rows, "decode_ms_per_sequence", DEFAULT_DECODE_MS_PER_SEQUENCE)
         running = rows["sequences"]
         own = per_step + per_sequence * (running + 1)
         # Others have to end first, which takes as long as they take.
@@ -93,24 +105,25 @@ class Situation:
     @cached_property
     def lacks_memory(self) -> Mask:
         """Where the prompt does not fit into what is not leased now."""
-        needed = self.moved_tokens // np.maximum(self.rows["block_size"], 1) + 1
-        lacks: Mask = needed > self.rows["available_blocks"]
+        lacks: Mask = self.moved_tokens >= self.rows["available_blocks"] * self.rows["block_size"]
         return lacks
 
     @cached_property
-    def _prefill_ms_per_token(self) -> Milliseconds:
+    def prefill_ms_per_token(self) -> Milliseconds:
         return prefill_ms_per_token(self.rows)
 
 
 def prefill_ms_per_token(rows: Rows) -> Milliseconds:
-    return _measured(rows["prefill_ms_per_token"], DEFAULT_PREFILL_MS_PER_TOKEN)
+    return _measured(rows, "prefill_ms_per_token", DEFAULT_PREFILL_MS_PER_TOKEN)
 
 
-def _measured(column: Milliseconds, default: float) -> Milliseconds:
-    """A worker that has measured nothing is taken to be like the others."""
-    known = column > 0
-    num_known = np.count_nonzero(known)
-    return column if num_known == len(column) else np.where(known, column, column.sum() / num_known if num_known else default)
+def _measured(rows: Rows, name: str, default: float) -> Milliseconds:
+    """A worker that has measured nothing is taken to be like the others; nothing is said of rows that nobody has."""
+    column: Milliseconds = rows[name]
+    num_known = np.count_nonzero(column)
+    if num_known == np.count_nonzero(rows["block_size"]):
+        return column
+    return np.where(column, column, column.sum() / num_known if num_known else default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,30 +188,62 @@ def _pair_at(situation: Situation, prefill_number: int, decode_number: int) -> C
 
 
 def _best_split(situation: Situation) -> Choice | None:
-    """On two workers. Pairs on one host and on two are looked at apart: then the cost is a sum of two columns, and the best of
-    each gives the best pair."""
+    """On two workers. What a decode worker has of the prompt, prefill fetches from there: decode workers that have equally much
+    are looked at together, first all of them as if they had nothing, then those with which it could still be better."""
     senders = situation.prefills & ~situation.decodes
     if not senders.any() or not situation.decodes.any():
         return None
-    first = np.where(senders, situation.first_token_ms + situation.hand_over_ms, np.inf)
-    second = np.where(situation.decodes, situation.decode_ms, np.inf)
-    far = second + situation.moved_tokens * max(situation.far_ms_per_token, situation.near_ms_per_token)
-    near = second + situation.moved_tokens * situation.near_ms_per_token
-    prefill, decode = int(np.argmin(first)), int(np.argmin(far))
-    best = Choice(prefill, decode, DISAGGREGATED, float(first[prefill] + far[decode]))
+    first_ms = np.where(senders, situation.first_token_ms + situation.hand_over_ms, np.inf)
+    best = _best_pair(situation, first_ms, first_ms, situation.decodes)
+    fetching = senders & situation.rows["pulls_kv"]
+    knowing = situation.decodes & (situation.cached > np.where(fetching, situation.cached, situation.num_tokens).min())
+    decodes = np.flatnonzero(knowing)
+    known = situation.cached[decodes]
+    bounds = _least_ms(situation, senders, decodes)
+    while len(bounds) and bounds.min() < best.cost_ms:
+        num_known = int(known[np.argmin(bounds)])
+        fetched, per_token = situation.fetched_tokens(num_known), situation.prefill_ms_per_token
+        pair = _best_pair(
+            situation,
+            first_ms - fetched * np.maximum(per_token - situation.near_ms_per_token, 0),
+            first_ms - fetched * np.maximum(per_token - situation.far_ms_per_token, 0),
+            knowing & (situation.cached == num_known),
+        )
+        best = min(best, pair, key=lambda choice: choice.cost_ms)
+        bounds[known == num_known] = np.inf
+    return best
+
+
+def _least_ms(situation: Situation, senders: Mask, decodes: NDArray[np.intp]) -> Milliseconds:
+    """For each of the rows `decodes`: no pair with it costs less."""
+    unknown = situation.num_tokens - situation.cached[decodes]
+    prompt_ms = np.maximum(unknown, 1) * np.where(senders, situation.prefill_ms_per_token, np.inf).min()
+    ahead_ms = np.where(senders, situation.queue_ms, np.inf).min() + situation.hand_over_ms
+    least: Milliseconds = ahead_ms + prompt_ms + unknown * situation.near_ms_per_token + situation.decode_ms[decodes]
+    return least
+
+
+def _best_pair(situation: Situation, near_first_ms: Milliseconds, far_first_ms: Milliseconds, decodes: Mask) -> Choice:
+    """Those on one host and on two are looked at apart: then the cost is a sum of two columns, and the best of each gives the
+    best pair. `near_first_ms` and `far_first_ms` are until the first token, by row; infinite where it does not prefill."""
+    decode_ms = np.where(decodes, situation.decode_ms, np.inf)
+    near_second_ms = decode_ms + situation.moved_tokens * situation.near_ms_per_token
+    far_second_ms = decode_ms + situation.moved_tokens * situation.far_ms_per_token
+    prefill, decode = int(np.argmin(far_first_ms)), int(np.argmin(far_second_ms))
+    cost_ms = float(far_first_ms[prefill] + far_second_ms[decode])
     hosts = situation.rows["host"]
     num_hosts = int(hosts.max()) + 1
-    first_of_host, near_of_host = np.full(num_hosts, np.inf), np.full(num_hosts, np.inf)
-    np.minimum.at(first_of_host, hosts, first)
-    np.minimum.at(near_of_host, hosts, near)
-    host = int(np.argmin(first_of_host + near_of_host))
-    cost_ms = float(first_of_host[host] + near_of_host[host])
-    if cost_ms <= best.cost_ms:
+    first_of_host, second_of_host = np.full(num_hosts, np.inf), np.full(num_hosts, np.inf)
+    np.minimum.at(first_of_host, hosts, near_first_ms)
+    np.minimum.at(second_of_host, hosts, near_second_ms)
+    host = int(np.argmin(first_of_host + second_of_host))
+    near_cost_ms = float(first_of_host[host] + second_of_host[host])
+    if near_cost_ms <= cost_ms:
         here = hosts == host
-        prefill = int(np.argmin(np.where(here, first, np.inf)))
-        decode = int(np.argmin(np.where(here, near, np.inf)))
-        best = Choice(prefill, decode, DISAGGREGATED, cost_ms)
-    return best
+        prefill = int(np.argmin(np.where(here, near_first_ms, np.inf)))
+        decode = int(np.argmin(np.where(here, near_second_ms, np.inf)))
+        cost_ms = near_cost_ms
+    return Choice(prefill, decode, DISAGGREGATED, cost_ms)
 
 
 def _best_joined(situation: Situation) -> Choice | None:
@@ -210,8 +255,10 @@ def _best_joined(situation: Situation) -> Choice | None:
     decode_is_full = False
     if situation.may_join:
         decode_is_full = bool(np.all(situation.lacks_memory[situation.decodes]))
-        idle = situation.prefills & (rows["queued_tokens"] == 0)
-        candidates = candidates | (idle if decode_is_full else situation.decodes & (situation.prompt_ms <= MAX_STALL_MS))
+        if decode_is_full:
+            candidates = candidates | (situation.prefills & situation.roomy & (rows["queued_tokens"] == 0))
+        else:
+            candidates = candidates | (situation.decodes & (situation.prompt_ms <= MAX_STALL_MS))
     if not candidates.any():
         return None
     total = situation.first_token_ms + rows["sequences"] * situation.prompt_ms + situation.decode_ms

@@ -3,6 +3,7 @@
 A table of block hashes, open addressing with linear probing, in two numpy arrays: 12 bytes for a slot, three of five slots in
 use at most. A slot names a *set* of workers by its number; equal sets have one number, and a set is one Python integer, bit i
 for worker i. So a block that is held by many costs no more than one that is held by one, and a prompt is looked up as a whole.
+A set that no slot names any more gives its number back: there are as many sets as kinds of holders, whatever came and went.
 
 Hashes are cut to 64 bits. Two that collide make the index wrong about a block; the workers compare all bits, so that costs time
 and never a wrong token.
@@ -10,6 +11,7 @@ and never a wrong token.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +26,6 @@ _FIRST_SIZE = 2**12
 _MAX_FILL = 0.6
 _EMPTY_KEY = np.uint64(0)
 _NOBODY = 0
-# Sets are numbered anew when so many have been seen; most are then out of use.
-_MAX_SETS = 2**16
 
 
 def keys_of(hashes: bytes) -> Keys:
@@ -42,8 +42,12 @@ class PrefixIndex:
         self._holders: NDArray[np.uint32] = np.zeros(_FIRST_SIZE, np.uint32)
         # Slots with a key, also where nobody holds the block any more.
         self._num_used = 0
+        # By number: the set, and how many slots name it; for the empty set nobody counts.
         self._sets: list[int] = [0]
+        self._num_slots: list[int] = [0]
+        # Invariant: _numbers[s] == n exactly when _sets[n] == s and n is not in _unused.
         self._numbers: dict[int, int] = {0: _NOBODY}
+        self._unused: list[int] = []
 
     def __len__(self) -> int:
         """Blocks that anybody holds."""
@@ -56,8 +60,9 @@ class PrefixIndex:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the table."""
-        return self._keys.nbytes + self._holders.nbytes
+        """Memory of the table and of the sets."""
+        sets = sum(map(sys.getsizeof, (self._sets, self._num_slots, self._numbers, *self._sets)))
+        return self._keys.nbytes + self._holders.nbytes + sets
 
     def add(self, worker: int, hashes: bytes) -> None:
         keys = np.unique(keys_of(hashes))
@@ -70,11 +75,13 @@ class PrefixIndex:
 
     def forget(self, worker: int) -> None:
         """Removes all that the worker holds."""
-        without = np.arange(len(self._sets), dtype=np.uint32)
-        for number, workers in enumerate(self._sets[:]):
-            if workers >> worker & 1:
-                without[number] = self._number_of(workers & ~(1 << worker))
-        self._holders = without[self._holders]
+        numbers = [number for workers, number in self._numbers.items() if workers >> worker & 1]
+        if not numbers:
+            return
+        moved = np.arange(len(self._sets), dtype=np.uint32)
+        for number in numbers:
+            moved[number] = self._move(number, self._num_slots[number], self._sets[number] & ~(1 << worker))
+        self._holders = moved[self._holders]
 
     def leading_blocks(self, hashes: Sequence[bytes]) -> dict[int, int]:
         """How many of a prompt's leading blocks workers hold, for each set of workers (bit i for worker i) that hold equally
@@ -99,30 +106,39 @@ class PrefixIndex:
 
     def _change(self, slots: Slots, *, add: int = 0, remove: int = 0) -> None:
         """In each slot, of which none is named twice."""
-        old = self._holders[slots]
-        new = old.copy()
-        for number in np.unique(old).tolist():
-            new[old == number] = self._number_of((self._sets[number] | add) & ~remove)
-        self._holders[slots] = new
-        if len(self._sets) > _MAX_SETS:
-            self._number_sets_anew()
+        numbers, which, counts = np.unique(self._holders[slots], return_inverse=True, return_counts=True)
+        moved = [
+            self._move(number, count, (self._sets[number] | add) & ~remove)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+        ]
+        self._holders[slots] = np.array(moved, np.uint32)[which]
 
-    def _number_of(self, workers: int) -> int:
-        number = self._numbers.get(workers)
-        if number is None:
-            number = self._numbers[workers] = len(self._sets)
+    def _move(self, number: int, num_slots: int, workers: int) -> int:
+        """So many slots will name the set `workers` instead of `number`. Gives the number of that set."""
+        other = self._numbers.get(workers)
+        if other is None:
+            other = self._new_set(workers)
+        self._num_slots[other] += num_slots
+        self._num_slots[number] -= num_slots
+        if number != _NOBODY and not self._num_slots[number]:
+            del self._numbers[self._sets[number]]
+            self._unused.append(number)
+        return other
+
+    def _new_set(self, workers: int) -> int:
+        if self._unused:
+            number = self._unused.pop()
+            self._sets[number] = workers
+        else:
+            number = len(self._sets)
             self._sets.append(workers)
+            self._num_slots.append(0)
+        self._numbers[workers] = number
         return number
 
-    def _number_sets_anew(self) -> None:
-        in_use, renumbered = np.unique(np.append(self._holders, _NOBODY), return_inverse=True)
-        self._sets = [self._sets[number] for number in in_use.tolist()]
-        self._numbers = {workers: number for number, workers in enumerate(self._sets)}
-        self._holders = renumbered[:-1].astype(np.uint32)
-
     def _home(self, keys: Keys) -> Slots:
-        # The keys are bits of a cryptographic hash: as good as any.
-        return (keys & np.uint64(len(self._keys) - 1)).astype(np.int64)
+        # The highest bits of a cryptographic hash, as good as any: so the table is almost in the order of its keys.
+        return (keys >> np.uint64(65 - len(self._keys).bit_length())).astype(np.int64)
 
     def _find(self, keys: Keys) -> Slots:
         """The slot of each key; -1 where there is none."""
@@ -164,5 +180,18 @@ class PrefixIndex:
             size *= 2
         self._keys = np.zeros(size, np.uint64)
         self._holders = np.zeros(size, np.uint32)
-        self._num_used = 0
-        self._holders[self._insert(keys)] = holders
+        self._fill(keys, holders)
+
+    def _fill(self, keys: Keys, holders: NDArray[np.uint32]) -> None:
+        """Puts them into the empty table, in the order of keys: each into its home, or behind the one before."""
+        # They come almost in order, which makes this sort a fast one.
+        order = np.argsort(keys, kind="stable")
+        keys, holders = keys[order], holders[order]
+        places = np.arange(len(keys))
+        slots = np.maximum.accumulate(self._home(keys) - places) + places
+        num_fitting = int(np.searchsorted(slots, len(self._keys)))
+        self._keys[slots[:num_fitting]] = keys[:num_fitting]
+        self._holders[slots[:num_fitting]] = holders[:num_fitting]
+        self._num_used = num_fitting
+        # The last few go on at the table's beginning.
+        self._holders[self._insert(keys[num_fitting:])] = holders[num_fitting:]

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
@@ -52,6 +53,16 @@ class LineEvent:
     said: worker_pb2.LinkResponse | worker_pb2.SequenceTokens | SegueError
 
 
+class Charge(NamedTuple):
+    """What a router's sequences take of a worker: tokens of prompts that have no first token yet; sequences that decode there
+    or will, of these those without a ticket yet, and the KV blocks that their prompts need."""
+
+    tokens: int = 0
+    sequences: int = 0
+    unreserved: int = 0
+    blocks: int = 0
+
+
 class WorkerLink:
     """One worker of one epoch. Lives from its first record until the link breaks or its lease lapses."""
 
@@ -73,11 +84,9 @@ class WorkerLink:
         # When membership stopped showing the worker, on the monotonic clock.
         self.absent_since_s: float | None = None
         self._num_silent_ticks = 0
-        # Of this router's sequences: prompt tokens that have no first token yet, and those that decode here or will.
-        self.prefill_tokens = 0
-        self.decode_sequences = 0
-        # Of the latter, those without a ticket yet.
-        self.unreserved_sequences = 0
+        # This router's own part, and what that was when the worker told its load last.
+        self.charged = Charge()
+        self._charged_at_load = Charge()
         self._router_id = router_id
         self._outbox: asyncio.Queue[worker_pb2.LinkRequest] = asyncio.Queue()
         self._lines: dict[SequenceId, asyncio.Queue[LineEvent]] = {}
@@ -94,10 +103,11 @@ class WorkerLink:
         self._fleet.leave(self.row)
         self._row = None
 
-    def charge(self, *, tokens: int = 0, sequences: int = 0, unreserved: int = 0) -> None:
-        self.prefill_tokens += tokens
-        self.decode_sequences += sequences
-        self.unreserved_sequences += unreserved
+    def charge(self, *, tokens: int = 0, sequences: int = 0, unreserved: int = 0, blocks: int = 0) -> None:
+        charged = self.charged
+        self.charged = Charge(
+            charged.tokens + tokens, charged.sequences + sequences, charged.unreserved + unreserved, charged.blocks + blocks
+        )
         self._changed()
 
     def _changed(self) -> None:
@@ -185,6 +195,7 @@ class WorkerLink:
                 self._learn(message.opened.worker)
             case "load":
                 self.load = message.load
+                self._charged_at_load = self.charged
                 self._changed()
                 if self._is_stuck:
                     self._lose_all(f"a step of it has not ended for {MAX_STEP_S:g} s")
@@ -216,7 +227,7 @@ class WorkerLink:
             events.put_nowait(LineEvent(self, said))
 
     def facts(self) -> WorkerFacts:
-        record, load = self.record, self.load
+        record, load, before = self.record, self.load, self._charged_at_load
         return WorkerFacts(
             available=self.is_available,
             prefills="prefill" in record.roles,
@@ -224,13 +235,15 @@ class WorkerLink:
             layout=self._fleet.number(record.layout_fingerprint),
             formats=self._fleet.number(record.number_formats),
             host=self._fleet.number(record.host),
+            pulls_kv=record.pulls_kv,
             block_size=record.block_size,
             capacity_tokens=self.capacity_tokens,
-            # What it reported holds this router's part as well, but may be half a second old.
-            queued_tokens=max(self.prefill_tokens, load.queued_tokens),
-            sequences=max(self.decode_sequences, load.decode_sequences),
-            unreserved=self.unreserved_sequences,
-            available_blocks=load.free_blocks + load.cached_blocks,
+            # Of what it told, half a second ago perhaps, what was not this router's.
+            queued_tokens=self.charged.tokens + max(load.queued_tokens - before.tokens, 0),
+            sequences=self.charged.sequences + max(load.decode_sequences - before.sequences, 0),
+            unreserved=self.charged.unreserved,
+            # What ended since then is known with the next load only.
+            available_blocks=max(load.free_blocks + load.cached_blocks - max(self.charged.blocks - before.blocks, 0), 0),
             prefill_ms_per_token=load.prefill_ms_per_token,
             decode_ms_per_step=load.decode_ms_per_step,
             decode_ms_per_sequence=load.decode_ms_per_sequence,

@@ -6,12 +6,17 @@ import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from deploy.valkey import Valkey, embedded_valkey
 from segue.config import DEFAULT_MODEL
 from segue.membership import Membership
 from segue.models.store import resolve
+
+# Nothing is timed in a test: the machine may be busy.
+hypothesis.settings.register_profile("segue", deadline=None)
+hypothesis.settings.load_profile("segue")
 
 
 @pytest.fixture(scope="session")

@@ -865,6 +865,7 @@ class WorkerRecord(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     NUM_RANKS_FIELD_NUMBER: _builtins.int
     NUMBER_FORMATS_FIELD_NUMBER: _builtins.int
+    PULLS_KV_FIELD_NUMBER: _builtins.int
     SECRET_FINGERPRINT_FIELD_NUMBER: _builtins.int
     POSSIBLE_ROLES_FIELD_NUMBER: _builtins.int
     ROLES_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
@@ -888,6 +889,8 @@ class WorkerRecord(_message.Message):
     """Names all that decides the bits of what it computes: formats of weights and KV. Only where these are equal does it not matter
     which worker computes a prompt.
     """
+    pulls_kv: _builtins.bool
+    """For a prompt that it computes it fetches from the decode worker the KV that only that has."""
     secret_fingerprint: _builtins.str
     """Of the cluster secret, one way; empty without one. Only where it is equal do processes talk to each other."""
     roles_until_unix_s: _builtins.float
@@ -918,13 +921,14 @@ class WorkerRecord(_message.Message):
         draining: _builtins.bool = ...,
         num_ranks: _builtins.int = ...,
         number_formats: _builtins.str = ...,
+        pulls_kv: _builtins.bool = ...,
         secret_fingerprint: _builtins.str = ...,
         possible_roles: _abc.Iterable[_builtins.str] | None = ...,
         roles_until_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "secret_fingerprint", b"secret_fingerprint", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "pulls_kv", b"pulls_kv", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "secret_fingerprint", b"secret_fingerprint", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -168,9 +168,12 @@ class Pod:
     @property
     def pid(self) -> int:
         """Of the main container's process, as this machine sees it."""
+        (child,) = self._children()
+        return child
+
+    def _children(self) -> list[int]:
         assert self._process is not None
-        (child,) = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        return int(child)
+        return list(map(int, Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()))
 
     def terminate(self) -> float:
         """As at a pod's deletion: gives the seconds that its end took, which its grace period has to cover."""
@@ -181,7 +184,11 @@ class Pod:
         return time.monotonic() - began_s
 
     def kill(self) -> None:
-        if self._process is not None:
+        """The first process of the pod, with which all others of it end. (It would outlive unshare: one that changes its user
+        is no longer killed with its parent.)"""
+        if self._process is not None and self._process.poll() is None:
+            for child in self._children():
+                os.kill(child, signal.SIGKILL)
             self._process.kill()
             self._process.wait()
 

@@ -32,8 +32,6 @@ from tests.deploy.schemas import on_all_minors
 CHECKOV = BIN.parent / "checkov/bin/checkov"
 # Settings that are read by libraries, or by the command line before there are settings.
 NOT_SETTINGS = {"home", "model", "model_name"}
-# Settings that security brings; the chart passes them on where values name Secrets.
-SECURITY = {"api_keys_file", "cluster_secret", "tls_cert", "tls_key", "tls_client_ca"}
 # What checkov finds and is meant to be so.
 EXPLAINED = {
     "CKV_K8S_35": "secrets as environment: settings come from the environment, and none shows in a process list",
@@ -85,7 +83,7 @@ def test_processes_take_their_environment(case: Case) -> None:
 def check_settings(kind: Any, env: dict[str, str], flags: dict[str, str]) -> None:
     kind.load(flags=flags, env=env)
     names = {name.removeprefix("SEGUE_").lower() for name in env if name.startswith("SEGUE_")}
-    assert names - NOT_SETTINGS - SECURITY <= kind.model_fields.keys()
+    assert names - NOT_SETTINGS <= kind.model_fields.keys()
 
 
 @every_case

@@ -68,3 +68,23 @@ async def test_joined_or_not_the_tokens_are_the_same(valkey: Valkey, tiny_model_
     assert answers[0] == answers[1]
     assert ways >= {"always: apart", "auto: joined"}
     assert "always: joined" not in ways
+
+
+async def test_prompts_that_wait_count_without_what_is_cached(valkey: Valkey, tiny_model_dir: Path) -> None:
+    (prompt,) = make_prompts(1, 61)
+    async with in_process_cluster(valkey.url, tiny_model_dir) as cluster:
+        await cluster.client.generate(prompt, **OPTIONS)
+        prefill = cluster.worker("prefill-0")
+        pool = prefill.engine.pool
+        all_free = pool.lease(pool.num_free)
+        assert all_free is not None
+        longer = [*prompt, *make_prompts(1, 200)[0]]
+        answer = asyncio.create_task(cluster.client.generate(longer, **OPTIONS))
+        async with asyncio.timeout(10):
+            while not prefill.load().waiting_requests:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # the service tells nobody
+        assert prefill.load().queued_tokens == 261 - 60
+        pool.release(all_free)
+        prefill.active_legs[1]._wakeups.notify()  # type: ignore[attr-defined]
+        await answer
+        assert prefill.load().queued_tokens == 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import grpc.aio
 import pytest
+import trustme
 from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -64,7 +67,8 @@ async def test_an_unknown_service_is_named() -> None:
             await worker.status("other")
 
 
-async def test_the_command_asks_a_router_over_http() -> None:
+@pytest.mark.parametrize("over_tls", [False, True])
+async def test_the_command_asks_a_router(tmp_path: Path, over_tls: bool) -> None:
     status = 200
 
     async def health(_request: web.Request) -> web.Response:
@@ -74,8 +78,17 @@ async def test_the_command_asks_a_router_over_http() -> None:
     application.add_routes([web.get("/health", health)])
     runner = web.AppRunner(application)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    env = {"SEGUE_HOST": "0.0.0.0", "SEGUE_HTTP_PORT": str(runner.addresses[0][1])}
+    files, tls = {}, None
+    if over_tls:
+        # For a name that is not the one it is asked by.
+        issued = trustme.CA().issue_cert("segue.example")
+        files = {"SEGUE_TLS_CERT": str(tmp_path / "cert.pem"), "SEGUE_TLS_KEY": str(tmp_path / "key.pem")}
+        issued.private_key_pem.write_to_path(files["SEGUE_TLS_KEY"])
+        issued.cert_chain_pems[0].write_to_path(files["SEGUE_TLS_CERT"])
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        issued.configure_cert(tls)
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+    env = files | {"SEGUE_HOST": "0.0.0.0", "SEGUE_HTTP_PORT": str(runner.addresses[0][1])}
     assert await asyncio.to_thread(complaint, env) == ""
     status = 500
     assert await asyncio.to_thread(complaint, env) == "status 500: said"

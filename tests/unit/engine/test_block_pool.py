@@ -55,6 +55,7 @@ class PoolMachine(RuleBasedStateMachine):
             if block_hash not in self.published:
                 break
             matched.append(self.published[block_hash])
+        assert self.pool.num_leading(hashes[:num_blocks]) == len(matched)
         before = self.counts()
         num_free = self.pool.num_free
         lease = self.pool.lease(num_blocks, hashes)

@@ -29,6 +29,7 @@ class Half:
             layout=1,
             formats=1,
             host=1,
+            pulls_kv=False,
             block_size=16,
             capacity_tokens=1000,
             sequences=0,

@@ -15,7 +15,7 @@ from router.admission import Admission
 from router.coordinator import Coordinator
 from router.placement import Placement
 from router.sequence import SequencePath, SequenceRequest, TokenStep
-from router.workers import Workers
+from router.workers import Charge, Workers
 from segue.cache_feed import CacheFeed
 from segue.errors import DeadlineExceeded, NoWorker, Overloaded, SegueError, TransferError, WorkerLost
 from segue.lifecycle import Phase
@@ -164,7 +164,7 @@ async def test_a_sequence_goes_through_both_legs(membership: Membership) -> None
         assert prefill.leg.heard == ["start_prefill", "attach_tickets", "cancel"]
         assert decode.leg.heard == ["reserve_decode", "cancel"]
         assert [worker.load.free_blocks for worker in coordinator.status().workers] == [5, 5]
-        assert all(link.prefill_tokens == link.decode_sequences == 0 for link in coordinator._workers.all())
+        assert all(link.charged == Charge() for link in coordinator._workers.all())
 
 
 async def test_one_token_needs_no_decode_worker(membership: Membership) -> None:
@@ -367,7 +367,7 @@ async def test_another_attempt_goes_on_where_the_first_stopped(membership: Membe
         (failed,) = path.failed_attempts
         assert (failed.prefill_worker, failed.error.message, path.attempts) == ("prefill-0", "damaged in 1", 2)
         assert {failed.decode_worker, path.decode_worker} == {"decode-0", "decode-1"}
-        assert all(link.prefill_tokens == link.decode_sequences == 0 for link in coordinator._workers.all())
+        assert all(link.charged == Charge() for link in coordinator._workers.all())
 
 
 async def test_tokens_that_came_with_the_request_are_not_sent_again(membership: Membership) -> None:

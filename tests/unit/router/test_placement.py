@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.placement import Placement, Wanted
-from router.workers import WorkerLink, Workers
+from router.workers import Charge, WorkerLink, Workers
 from segue.cache_feed import CacheFeed
 from segue.errors import ConfigError, InvalidRequest, NoWorker
 from segue.membership import Membership
@@ -58,7 +58,63 @@ def test_a_burst_spreads_and_leaves_nothing_charged(workers: Workers) -> None:
     assert placement.place(wanted()).prefill is placed[0].prefill, "its prompt is computed"
     for one in placed:
         one.__exit__(None, None, None)
-    assert all(link.prefill_tokens == link.decode_sequences == 0 for link in workers.all())
+    assert all(link.charged == Charge() for link in workers.all())
+
+
+def test_charges_add_to_what_others_have(workers: Workers) -> None:
+    """A report tells of this router's sequences as well: they count once, those of other routers beside them."""
+    join(workers, "p0", "prefill")
+    link = join(workers, "d0", "decode")
+
+    def load_now() -> tuple[int, int, int]:
+        facts = link.facts()
+        return facts.queued_tokens, facts.sequences, facts.available_blocks
+
+    def tell(queued_tokens: int, decode_sequences: int, free_blocks: int) -> None:
+        load = WorkerLoad(queued_tokens=queued_tokens, decode_sequences=decode_sequences, free_blocks=free_blocks)
+        link._deliver(pb.LinkResponse(load=load))
+
+    tell(5000, 7, 60)
+    assert load_now() == (5000, 7, 60)
+    link.charge(tokens=300, sequences=2, blocks=10)
+    assert load_now() == (5300, 9, 50)
+    tell(5300, 9, 50)
+    assert load_now() == (5300, 9, 50)
+    link.charge(tokens=-300)
+    assert load_now() == (5000, 9, 50)
+    tell(100, 1, 50)
+    assert load_now() == (100, 2, 50), "one has not arrived there yet"
+    link.charge(sequences=-2, blocks=-10)
+    assert load_now() == (100, 0, 50), "nobody has said that its blocks are free"
+    link.charge(sequences=1, blocks=80)
+    assert load_now() == (100, 1, 0)
+
+
+def test_memory_that_a_burst_will_take_counts_at_once(workers: Workers) -> None:
+    join(workers, "p0", "prefill")
+    join(workers, "d0", "decode", num_blocks=1000)._deliver(pb.LinkResponse(load=WorkerLoad(free_blocks=25)))
+    join(workers, "d1", "decode", num_blocks=1000)._deliver(pb.LinkResponse(load=WorkerLoad(free_blocks=100)))
+    placement = Placement(workers, "cost", may_join=False)
+    placed = [placement.place(wanted(90)).__enter__() for _ in range(4)]  # 23 blocks each
+    assert [one.decode.record.worker_id for one in placed] == ["d0", "d1", "d1", "d1"]
+
+
+def test_who_takes_over_decode_holds_the_answer_too(workers: Workers) -> None:
+    for number, num_blocks in enumerate((20, 100)):
+        join(workers, f"p{number}", "prefill", formats="int8", num_blocks=num_blocks).charge(tokens=number)
+    join(workers, "d0", "decode", formats="int8")._deliver(pb.LinkResponse(load=WorkerLoad(free_blocks=0)))
+    placement = Placement(workers, "cost", may_join=True)
+    assert pair(placement, wanted(40, 10)) == ("p0", "p0")
+    assert pair(placement, wanted(40, 100)) == ("p0", "d0"), "p1 could hold it, but has something to do"
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "random", "least_loaded"])
+def test_each_layout_has_its_turn(workers: Workers, policy: str) -> None:
+    for layout in ("old", "new"):
+        join(workers, f"p-{layout}", "prefill", layout=layout)
+        join(workers, f"d-{layout}", "decode", layout=layout)
+    placement = Placement(workers, policy, may_join=False)
+    assert {pair(placement, wanted()) for _ in range(4)} == {("p-old", "d-old"), ("p-new", "d-new")}
 
 
 def test_only_equal_layouts_pair(workers: Workers) -> None:
@@ -117,6 +173,18 @@ def test_a_worker_that_leaves_is_forgotten_with_its_cache(workers: Workers) -> N
     again = join(workers, "p1", "prefill")
     again.charge(tokens=1)
     assert pair(placement, wanted()) == ("p0", "d0"), "the row's next worker has none of it"
+
+
+@pytest.mark.parametrize(("pulls_kv", "num_queued"), [(True, 2), (False, 10)])
+def test_what_is_fetched_from_decode_is_not_queued(workers: Workers, pulls_kv: bool, num_queued: int) -> None:
+    prefill, decode = join(workers, "p0", "prefill"), join(workers, "d0", "decode")
+    prefill.record.pulls_kv = pulls_kv
+    prefill.charge()
+    stored = b"".join(block_hashes(range(10), 4))
+    decode._deliver(pb.LinkResponse(cache_events=pb.CacheEvents(number=1, snapshot=True, stored=stored)))
+    with Placement(workers, "cost", may_join=False).place(wanted(10)):
+        assert prefill.charged == Charge(tokens=num_queued)
+        assert decode.charged == Charge(sequences=1, unreserved=1, blocks=1)
 
 
 def test_after_a_gap_nothing_is_known_until_a_snapshot(workers: Workers) -> None:

@@ -32,6 +32,7 @@ PREFILL = WorkerFacts(
     layout=1,
     formats=1,
     host=0,
+    pulls_kv=False,
     block_size=16,
     capacity_tokens=10_000,
     queued_tokens=0,
@@ -61,7 +62,7 @@ def situation(workers: list[WorkerFacts], cached: list[int] | None = None, **val
     rows = fleet.rows
     known = np.zeros(len(rows), np.int64)
     known[: len(cached or [])] = cached or []
-    given_values = {"num_tokens": 100, "expected_tokens": 50.0, "cached": known} | values
+    given_values = {"num_tokens": 100, "expected_tokens": 50.0, "cached": known, "roomy": rows["capacity_tokens"] > 0} | values
     return Situation(rows=rows, prefills=rows["prefills"], decodes=rows["decodes"], **given_values)  # type: ignore[arg-type]
 
 
@@ -75,25 +76,28 @@ def naive(s: Situation) -> list[Choice]:
         wait = own if needed > worker["available_blocks"] else 0
         return float(s.expected_tokens * (own + worker["decode_ms_per_sequence"] * worker["sequences"] + wait))
 
-    def prompt_ms(row: int) -> float:
-        return float(max(s.num_tokens - s.cached[row], 1) * s.rows[row]["prefill_ms_per_token"])
+    def prompt_ms(row: int, num_fetched: int = 0) -> float:
+        return float(max(s.num_tokens - s.cached[row] - num_fetched, 1) * s.rows[row]["prefill_ms_per_token"])
 
-    def first_token_ms(row: int) -> float:
-        return float(s.rows[row]["queued_tokens"] * s.rows[row]["prefill_ms_per_token"]) + prompt_ms(row)
+    def first_token_ms(row: int, num_fetched: int = 0) -> float:
+        return float(s.rows[row]["queued_tokens"] * s.rows[row]["prefill_ms_per_token"]) + prompt_ms(row, num_fetched)
 
     prefills, decodes = np.flatnonzero(s.prefills).tolist(), np.flatnonzero(s.decodes).tolist()
     found = []
     for p in prefills:
         for d in decodes:
             near = s.rows[p]["host"] == s.rows[d]["host"]
-            per_token = s.near_ms_per_token if near else max(s.far_ms_per_token, s.near_ms_per_token)
+            per_token = s.near_ms_per_token if near else s.far_ms_per_token
             if p not in decodes:
-                moved = max(s.num_tokens - s.cached[d], 0) * per_token
-                found.append(Choice(p, d, DISAGGREGATED, first_token_ms(p) + s.hand_over_ms + moved + decode_ms(d)))
+                num_fetched = max(min(s.cached[d], s.num_tokens - 1) - s.cached[p], 0) if s.rows[p]["pulls_kv"] else 0
+                fetched_ms = num_fetched * min(per_token, s.rows[p]["prefill_ms_per_token"])
+                moved_ms = max(s.num_tokens - s.cached[d], 0) * per_token
+                cost_ms = first_token_ms(p, num_fetched) + fetched_ms + s.hand_over_ms + moved_ms + decode_ms(d)
+                found.append(Choice(p, d, DISAGGREGATED, cost_ms))
     full = all((s.num_tokens - s.cached[d]) // s.rows[d]["block_size"] + 1 > s.rows[d]["available_blocks"] for d in decodes)
     for row in {*prefills, *decodes}:
         is_both = row in prefills and row in decodes
-        is_idle = row in prefills and s.rows[row]["queued_tokens"] == 0
+        is_idle = row in prefills and s.roomy[row] and s.rows[row]["queued_tokens"] == 0
         is_short = row in decodes and prompt_ms(row) <= MAX_STALL_MS
         if is_both or (s.may_join and (is_idle if full else is_short)):
             delayed = s.rows[row]["sequences"] * prompt_ms(row)
@@ -109,8 +113,9 @@ workers = st.builds(
     layout=st.just(1),
     formats=st.just(1),
     host=st.integers(0, 2),
+    pulls_kv=st.sampled_from([True, True, False]),
     block_size=st.sampled_from([8, 16]),
-    capacity_tokens=st.just(10_000),
+    capacity_tokens=st.sampled_from([0, 10_000, 10_000]),
     queued_tokens=st.sampled_from([0, 0, 50, 300]),
     sequences=st.integers(0, 20),
     unreserved=st.just(0),
@@ -123,8 +128,9 @@ workers = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.tuples(workers, st.integers(0, 120)), min_size=1, max_size=7),
+    st.lists(st.tuples(workers, st.integers(0, 120)), min_size=1, max_size=8),
     st.integers(1, 200),
+    st.sampled_from([0.1, 2.0, 50.0]),
     st.floats(0, 20),
     st.floats(0, 1),
     st.floats(0, 1),
@@ -132,15 +138,23 @@ workers = st.builds(
     st.booleans(),
 )
 def test_the_least_cost_of_all_pairs(
-    fleet: list[tuple[WorkerFacts, int]], num_tokens: int, base: float, near: float, far: float, may_join: bool, is_split: bool
+    fleet: list[tuple[WorkerFacts, int]],
+    num_tokens: int,
+    expected_tokens: float,
+    base: float,
+    near: float,
+    far: float,
+    may_join: bool,
+    is_split: bool,
 ) -> None:
     s = situation(
         [worker for worker, _ in fleet],
         [min(cached, num_tokens) for _, cached in fleet],
         num_tokens=num_tokens,
+        expected_tokens=expected_tokens,
         hand_over_ms=base,
         near_ms_per_token=near,
-        far_ms_per_token=far,
+        far_ms_per_token=near + far,
         may_join=may_join,
         is_split=is_split,
     )
@@ -182,6 +196,21 @@ def test_a_prompt_goes_where_its_beginning_is() -> None:
     assert cost(situation(fleet, [0, 0, 0])).prefill == 0
     assert cost(situation(fleet, [0, 80, 0])).prefill == 1, "80 tokens that are there outweigh 50 that are ahead"
     assert cost(situation(fleet, [0, 40, 0])).prefill == 0, "40 do not"
+
+
+def test_what_decode_knows_is_fetched_from_there() -> None:
+    """A conversation whose prefill worker is busy: any other computes what is new, beside the decode worker that knows it."""
+    fleet = [PREFILL._replace(queued_tokens=90), PREFILL, DECODE, DECODE._replace(sequences=1)]
+    known = [80, 0, 0, 95]
+    assert cost(situation(fleet, known, expected_tokens=10.0)).decode == 2, "nobody fetches"
+    fetching = [worker._replace(pulls_kv=True) for worker in fleet]
+    best = cost(situation(fetching, known, expected_tokens=10.0))
+    assert (best.prefill, best.decode) == (1, 3)
+    assert best.cost_ms == 5 + 10 * (10 + 2 + 1)
+    slow = situation(fetching, known, expected_tokens=10.0, near_ms_per_token=0.5, far_ms_per_token=0.5)
+    assert cost(slow).cost_ms == best.cost_ms + 95 * 0.5 + 5 * 0.5
+    slower = replace(slow, near_ms_per_token=2.0, far_ms_per_token=2.0)
+    assert cost(slower).cost_ms == best.cost_ms + 95 + 5 * 2, "computing takes no longer than that"
 
 
 def test_short_prompts_stay_on_an_idle_decode_worker() -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -65,18 +66,37 @@ class IndexMachine(RuleBasedStateMachine):
     def counts(self) -> None:
         assert len(self.index) == sum(bool(held) for held in self.holders.values())
 
+    @invariant()
+    def keeps_no_set_that_nothing_names(self) -> None:
+        kinds = {frozenset(held) for held in self.holders.values()} | {frozenset()}
+        assert len(self.index._numbers) == len(kinds)
+        assert len(self.index._sets) == len(kinds) + len(self.index._unused)
+
+    @invariant()
+    def counts_its_keys(self) -> None:
+        assert self.index._num_used == np.count_nonzero(self.index._keys)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def small_table() -> Iterator[None]:
     """So small that it grows, and that keys meet each other in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_index, "_FIRST_SIZE", 4)
-        patch.setattr(prefix_index, "_MAX_SETS", 8)
         yield
 
 
 IndexMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestIndex = IndexMachine.TestCase
+
+
+def test_keys_that_want_one_place_are_found_after_each_growth() -> None:
+    """The first and the last place of the table, behind which it goes on at its beginning."""
+    hashes = [(key % 2**64).to_bytes(8, "little") + bytes(8) for key in (0, *range(2, 12), *range(-10, 0))]
+    index = PrefixIndex()
+    for number, added in enumerate(hashes):
+        index.add(0, added)
+        assert [index.leading_blocks([block_hash]) for block_hash in hashes[: number + 1]] == [{1: 1}] * (number + 1)
+        assert index._num_used == number + 1
 
 
 def test_it_grows_and_shrinks_with_what_is_held() -> None:
