@@ -15,11 +15,13 @@ from router.coordinator import Coordinator
 from router.front import Front
 from router.operations import Operations
 from router.placement import Placement
+from router.quotas import Quotas
 from router.text import Tokenizer
 from router.workers import Workers
 from segue.config import LOOPBACK_NAMES, RouterSettings
 from segue.membership import Membership, held_lease
 from segue.models.config import ModelConfig
+from segue.quota_store import QuotaStore
 from segue.runtime import say_serving, stop_event
 from segue.v1 import worker_pb2
 
@@ -69,7 +71,10 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
                 max_attempts=settings.max_attempts,
                 timeout_s=settings.request_timeout_s,
             )
-            async with Front(settings, tokenizer, model_config, coordinator, Operations(workers)) as front:
+            async with (
+                _quotas(settings) as quotas,
+                Front(settings, tokenizer, model_config, coordinator, Operations(workers), quotas) as front,
+            ):
                 record = worker_pb2.RouterRecord(
                     router_id=router_id,
                     grpc_address=front.grpc_address,
@@ -79,3 +84,13 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
                 )
                 async with held_lease(membership, lambda: record, settings.member_lease_ms, must_begin=False):
                     yield front
+
+
+@asynccontextmanager
+async def _quotas(settings: RouterSettings) -> AsyncIterator[Quotas | None]:
+    """None where there are no keys that could have limits."""
+    if settings.api_keys_file is None:
+        yield None
+        return
+    async with QuotaStore(settings.redis, settings.cluster_id) as store:
+        yield Quotas(store)

@@ -26,6 +26,7 @@ from router.operations import Operator
 from router.operator_api import SERVICE_NAME as OPERATOR_SERVICE_NAME
 from router.operator_api import add_operator_service
 from router.options import ModelLimits
+from router.quotas import Quotas
 from router.readiness import Readiness
 from router.records import Records
 from router.sequence import SequenceServer
@@ -48,6 +49,7 @@ class Front:
         model_config: ModelConfig,
         server: SequenceServer,
         operator: Operator,
+        quotas: Quotas | None = None,
     ) -> None:
         """Raises ModelFileError when the tokenizer makes tokens that the model does not have, ConfigError for files of keys or
         certificates that are no good."""
@@ -79,6 +81,7 @@ class Front:
             created_unix_s=int(time.time()),
             max_body=settings.max_body,
             stall_limit_s=settings.request_timeout_s,
+            quotas=quotas,
         )
 
     @property

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from router.caller import ANONYMOUS, Caller
-from router.generation import GenerationEvent, generate
+from router.generation import ChoiceOutput, GenerationEvent, generate
 from router.metrics import Metrics
 from router.options import GenerationOptions, GenerationSpec, ModelLimits, Seen, build_spec
+from router.quotas import Quotas
 from router.readiness import Readiness
 from router.records import Records, RequestRecord
 from router.sequence import SequenceServer
@@ -38,6 +39,8 @@ class Service:
     max_body: int
     # How long a client may leave the stream unread before its request is ended.
     stall_limit_s: float
+    # None: nobody's API key has limits.
+    quotas: Quotas | None = None
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFound unless `name` is the model served here."""
@@ -83,7 +86,9 @@ class Service:
         )
 
     def generate(self, spec: GenerationSpec, record: RequestRecord) -> AsyncGenerator[GenerationEvent, None]:
-        return generate(self.server, self.tokenizer, spec, record.paths)
+        """See router.generation.generate. Raises RateLimited as well."""
+        events = generate(self.server, self.tokenizer, spec, record.paths)
+        return events if self.quotas is None else _within_quota(self.quotas, spec, events)
 
     @asynccontextmanager
     async def client_reads(self) -> AsyncIterator[None]:
@@ -93,6 +98,20 @@ class Service:
                 yield
         except TimeoutError:
             raise RequestCancelled(f"the client read nothing for {self.stall_limit_s:g} s") from None
+
+
+async def _within_quota(
+    quotas: Quotas, spec: GenerationSpec, events: AsyncGenerator[GenerationEvent, None]
+) -> AsyncGenerator[GenerationEvent, None]:
+    num_prompt = len(spec.prompt_token_ids)
+    async with (
+        aclosing(events),
+        quotas.taken(spec.caller, num_prompt + spec.num_choices * spec.sampling.max_tokens) as taken,
+    ):
+        async for event in events:
+            if isinstance(event, ChoiceOutput):
+                taken.num_used = max(taken.num_used, num_prompt) + len(event.tokens)
+            yield event
 
 
 def new_request_id() -> str:

@@ -10,6 +10,7 @@ SegueError
 ├── Unavailable               the cluster cannot serve this now; retryable
 │   ├── NoWorker              no live worker has the role that is needed
 │   ├── Overloaded            queues are full
+│   ├── RateLimited           the caller has used up what its API key allows for now
 │   ├── Unreachable           nothing answers at the cluster's address (raised by the client)
 │   └── WorkerLost            the worker that held the request died or left
 ├── TransferError             the hand-over of KV cache failed; retryable
@@ -99,6 +100,12 @@ class NoWorker(Unavailable):
 
 class Overloaded(Unavailable):
     code = "overloaded"
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    http_status = 429
+
+
+class RateLimited(Unavailable):
+    code = "rate_limited"
     grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
     http_status = 429
 

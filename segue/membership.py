@@ -58,12 +58,12 @@ class Membership:
 
     async def next_epoch(self) -> int:
         """A number above all that were handed out in this cluster."""
-        async with _as_store_unavailable():
+        async with as_store_unavailable():
             return int(await self._redis.incr(f"{self._prefix}:epoch"))
 
     async def leave_address(self, group: str, address: str, num_takers: int) -> None:
         """For `take_address` on the other ranks of a group, each of which takes it once."""
-        async with _as_store_unavailable():
+        async with as_store_unavailable():
             await self._redis.rpush(self._group_key(group), *[address] * num_takers)
             await self._redis.expire(self._group_key(group), _ADDRESS_LIFETIME_S)
 
@@ -71,21 +71,21 @@ class Membership:
         """Waits until rank 0 of the group left its address."""
         found = None
         while found is None:
-            async with _as_store_unavailable():
+            async with as_store_unavailable():
                 found = await self._redis.blpop([self._group_key(group)], timeout=_BLOCK_S)
         address = found[1]
         return address.decode() if isinstance(address, bytes) else address
 
     async def announce(self, record: Record, lease_ms: int) -> None:
         """Writes `record` for `lease_ms`, and tells the listeners if it differs from what was there."""
-        async with _as_store_unavailable():
+        async with as_store_unavailable():
             data = record.SerializeToString(deterministic=True)
             before = await self._redis.set(self._key(record), data, px=lease_ms, get=True)
             if before != data:
                 await self._redis.publish(f"{self._prefix}:changes", _name(record))
 
     async def withdraw(self, record: Record) -> None:
-        async with _as_store_unavailable():
+        async with as_store_unavailable():
             data = record.SerializeToString(deterministic=True)
             await self._redis.eval(_WITHDRAW, 1, self._key(record), data)
             await self._redis.publish(f"{self._prefix}:changes", _name(record))
@@ -99,7 +99,7 @@ class Membership:
         return await self._list(RouterRecord)
 
     async def _list(self, record_class: type[RecordT]) -> list[RecordT]:
-        async with _as_store_unavailable():
+        async with as_store_unavailable():
             match = f"{self._prefix}:{_KINDS[record_class]}:*"
             keys = sorted([key async for key in self._redis.scan_iter(match=match, count=1000)])
             values = await self._redis.mget(keys) if keys else []
@@ -120,7 +120,7 @@ class Membership:
         try:
             while True:
                 try:
-                    async with _as_store_unavailable():
+                    async with as_store_unavailable():
                         if not pubsub.subscribed:
                             await pubsub.subscribe(f"{self._prefix}:changes")
                         begin_s = loop.time()
@@ -148,7 +148,7 @@ def _name(record: Record) -> str:
 
 
 @asynccontextmanager
-async def _as_store_unavailable() -> AsyncIterator[None]:
+async def as_store_unavailable() -> AsyncIterator[None]:
     """Turns what goes wrong with the store into StoreUnavailable, and lets no cancellation get lost.
 
     redis may swallow one that comes while it makes a connection; but the task has counted it.

@@ -13,7 +13,7 @@ import yaml
 from deploy.chart_schema import SCHEMA, with_settings
 from router.fake import FakeSequenceServer
 from router.metrics import Metrics
-from segue.errors import RequestCancelled, RequestError
+from segue.errors import RateLimited, RequestCancelled, RequestError
 from segue.v1 import inference_pb2 as pb
 
 FILES = SCHEMA.parent / "files"
@@ -94,7 +94,7 @@ def test_the_alert_of_failures_leaves_out_what_clients_do(series: dict[str, set[
     (expression,) = [alert["expr"] for alert in ALERTS if alert["alert"] == "SegueRequestsFail"]
     (outcomes,) = re.findall(r'outcome!~"([^"]*)"', expression)
     theirs = {error.code for error in (RequestError, *RequestError.__subclasses__())}
-    assert set(outcomes.split("|")) == {"ok", RequestCancelled.code} | theirs
+    assert set(outcomes.split("|")) == {"ok", RequestCancelled.code, RateLimited.code} | theirs
 
 
 def test_alerts_say_what_to_do() -> None:
