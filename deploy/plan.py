@@ -80,6 +80,8 @@ def plan_driver(settings: ClusterSettings, workers: list[WorkerSettings], *, clu
         entry=entry,
         workers=tuple(worker.model_dump_json() for worker in workers),
         spread=is_spread(settings),
+        prefill_resources=settings.prefill_resources,
+        decode_resources=settings.decode_resources,
     )
 
 
@@ -96,6 +98,9 @@ def check_settings(settings: ClusterSettings) -> None:
             "give the same number twice",
             field="decode_tp",
         )
+    for name in ("prefill_resources", "decode_resources"):
+        if getattr(settings, name) and settings.ray_address is None:
+            raise ConfigError(f"{name}: a Ray that is started here has no custom resources; give --ray-address", field=name)
     if is_spread(settings) and settings.redis is None:
         raise ConfigError(
             "ray_address: workers on other hosts cannot reach the embedded Valkey, which listens on loopback only; "

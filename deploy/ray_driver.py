@@ -12,7 +12,7 @@ import json
 import secrets
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deploy.replica import Outcome, Replica
@@ -36,6 +36,9 @@ class DriverPlan:
     # Over the nodes of a Ray cluster: a worker is then reached at the address of the node that it lands on.
     spread: bool
     temp_dir: str = ""
+    # Custom resources of the nodes that each role's actors are for, and how much one takes.
+    prefill_resources: dict[str, float] = field(default_factory=dict)
+    decode_resources: dict[str, float] = field(default_factory=dict)
 
     def with_temp_dir(self, temp_dir: str) -> DriverPlan:
         return replace(self, temp_dir=temp_dir)
@@ -148,14 +151,16 @@ class Supervisor:
 
     def _start(self, worker: WorkerSettings, **options: Any) -> Any:
         resources = self._resources(worker)
-        make = self._ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_concurrency=1, **options)(
+        num_cpus, num_gpus = resources.pop("CPU"), resources.pop("GPU", 0)
+        make = self._ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, resources=resources, max_concurrency=1, **options)(
             Replica
         )
         return make.remote(worker.model_dump_json(), self._plan.spread)
 
-    def _resources(self, worker: WorkerSettings) -> dict[str, int]:
+    def _resources(self, worker: WorkerSettings) -> dict[str, float]:
         """Of one actor. A local Ray was given a slot for each; on a real cluster they take the cores that they keep busy."""
-        return {"CPU": worker.threads if self._plan.spread else 1} | _gpus(worker)
+        custom = self._plan.decode_resources if worker.only_decodes else self._plan.prefill_resources
+        return custom | {"CPU": worker.threads if self._plan.spread else 1} | _gpus(worker)
 
 
 def _gpus(worker: WorkerSettings) -> dict[str, int]:

@@ -39,6 +39,15 @@ def parse_names(value: object) -> object:
     return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
 
 
+def parse_amounts(value: object) -> object:
+    """`prefill_node=1,memory=2e9` as a dict; anything but text is left for the validator."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part]
+    return {name.strip(): amount.strip() for name, _, amount in pairs}
+
+
+Amounts = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(parse_amounts)]
 NumBytes = Annotated[int, BeforeValidator(parse_bytes)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["float32", "bfloat16"]
@@ -193,6 +202,8 @@ class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings, DoorSetti
         None, min_length=1, description="Name in the Redis, for further routers to find the workers by; random if not given"
     )
     ray_address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started")
+    prefill_resources: Amounts = Field({}, description="Custom Ray resources that each prefill rank takes, NAME=AMOUNT,...")
+    decode_resources: Amounts = Field({}, description="The same for decode workers")
     host: str = Field(LOOPBACK, description="Address that the router listens on")
     routers: int = Field(1, ge=1, le=16, description="Routers on this host, behind one address")
     http_port: Port = Field(8000, description="OpenAI-compatible HTTP API; 0 picks a free port")

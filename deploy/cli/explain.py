@@ -83,7 +83,9 @@ def find(client: Client, request_id: str) -> RequestRecord:
 
 
 def _other_routers(client: Client) -> list[str]:
-    addresses = {router.grpc_address for router in client.status().routers}
+    """Reached as the first one is: with TLS, if it is."""
+    scheme, separator, _ = client.address.rpartition("://")
+    addresses = {f"{scheme}{separator}{router.grpc_address}" for router in client.status().routers}
     return sorted(addresses - {client.address})
 
 

@@ -15,7 +15,7 @@ from segue.config import ClusterSettings
 def _flag(name: str, *, shape: str = "", flag: str = "") -> Any:
     """The option for the setting `name`: it is None unless given, and the setting's own description is its help."""
     field = ClusterSettings.model_fields[name]
-    default = "" if field.default in (None, (), "", PydanticUndefined) else f" (default {field.default})"
+    default = "" if field.default in (None, (), "", {}, PydanticUndefined) else f" (default {field.default})"
     return typer.Option(
         flag or f"--{name.replace('_', '-')}",
         help=f"{field.description or name.replace('_', ' ').capitalize()}{default}",
@@ -34,6 +34,8 @@ def up(
     redis: Annotated[str | None, _flag("redis", shape="URL")] = None,
     cluster_id: Annotated[str | None, _flag("cluster_id", shape="NAME")] = None,
     ray_address: Annotated[str | None, _flag("ray_address", shape="HOST:PORT")] = None,
+    prefill_resources: Annotated[str | None, _flag("prefill_resources", shape="NAME=AMOUNT,...")] = None,
+    decode_resources: Annotated[str | None, _flag("decode_resources", shape="NAME=AMOUNT,...")] = None,
     host: Annotated[str | None, _flag("host", shape="ADDRESS")] = None,
     routers: Annotated[int | None, _flag("routers", shape="N")] = None,
     http_port: Annotated[int | None, _flag("http_port", shape="PORT")] = None,

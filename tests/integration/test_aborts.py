@@ -79,7 +79,7 @@ async def test_a_drained_worker_finishes_what_it_has_and_gets_nothing_new(
         await asyncio.gather(*(cluster.client.generate([8] * (20 + i), **GREEDY) for i in range(6)))
         assert worker.load() == before
         states = {worker.worker_id: worker.state for worker in (await cluster.client.status()).workers}
-        assert states[worker_id] == "drained"
+        assert states[worker_id] in {"draining", "drained"}, "its load is told twice a second"
 
 
 async def test_without_a_worker_for_a_role_requests_fail_at_once_and_readably(valkey: Valkey, tiny_model_dir: Path) -> None:

@@ -55,7 +55,21 @@ def test_the_command_loads_nothing_heavy() -> None:
 
 
 def test_every_command_is_there_and_has_help() -> None:
-    commands = ("up", "generate", "chat", "status", "doctor", "router", "worker", "models", "keys")
+    commands = (
+        "up",
+        "generate",
+        "chat",
+        "status",
+        "explain",
+        "drain",
+        "restart",
+        "role",
+        "doctor",
+        "router",
+        "worker",
+        "models",
+        "keys",
+    )
     listed = CliRunner().invoke(app, ["--help"]).output
     for command in commands:
         assert f"\n  {command} " in listed
@@ -76,6 +90,8 @@ OTHER_VALUES: dict[str, Any] = {
     "redis": "redis://elsewhere:1",
     "cluster_id": "shared",
     "ray_address": "head:6379",
+    "prefill_resources": "prefill_node=1",
+    "decode_resources": "decode_node=0.5,memory=2e9",
     "host": "0.0.0.0",
     "http_port": 1,
     "grpc_port": 2,

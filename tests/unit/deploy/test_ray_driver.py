@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,6 +186,17 @@ async def test_each_rank_of_several_has_a_gpu_of_its_own() -> None:
     (worker,) = supervisor._workers
     assert supervisor._resources(worker) == {"CPU": 2, "GPU": 1}
     assert supervisor._resources(worker.model_copy(update={"prefill_tp": 1})) == {"CPU": 2}
+
+
+async def test_each_role_takes_the_custom_resources_of_its_nodes() -> None:
+    both = replace(plan(), prefill_resources={"prefill_node": 1.0}, decode_resources={"decode_node": 0.5})
+    assert DriverPlan.from_json(both.to_json()) == both
+    supervisor = Supervisor(FakeRay([]), both)
+    (worker,) = supervisor._workers
+    assert supervisor._resources(worker) == {"CPU": 1, "decode_node": 0.5}
+    assert supervisor._resources(worker.model_copy(update={"roles": ("prefill",)})) == {"CPU": 1, "prefill_node": 1.0}
+    supervisor._start(worker)
+    assert supervisor._ray.options[-1]["resources"] == {"decode_node": 0.5}
 
 
 async def test_the_launcher_hears_what_the_driver_says() -> None:
