@@ -46,6 +46,8 @@ def test_every_module_of_the_checkout_is_in_the_wheel(package: str, wheel_names:
         str(path.relative_to(ROOT))
         for suffix in ("py", "pyi", "typed", "txt")
         for path in (ROOT / package).rglob(f"*.{suffix}")
+        # The chart is Helm's, not Python's.
+        if "helm" not in path.parts
     }
     assert wanted
     assert not sorted(wanted - wheel_names)
