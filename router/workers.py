@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ TICK_S = 0.25
 MAX_SILENT_TICKS = 10
 # A worker that talks, but whose step does not end, hangs on its device.
 MAX_STEP_S = 120.0
+
+Call = grpc.aio.StreamStreamCall[worker_pb2.LinkRequest, worker_pb2.LinkResponse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +157,12 @@ class WorkerLink:
         reason = "its link closed"
         try:
             async with self._channel() as channel:
-                call = WorkerServiceStub(channel).Link(self._requests())
-                async for message in call:
-                    self._deliver(message)
-                    if message.HasField("opened") or message.HasField("worker_changed"):
-                        wakeups.notify()
+                call: Call = WorkerServiceStub(channel).Link()
+                async with background(self._write(call)):
+                    async for message in call:
+                        self._deliver(message)
+                        if message.HasField("opened") or message.HasField("worker_changed"):
+                            wakeups.notify()
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
         except WorkerLost as error:
@@ -180,10 +183,12 @@ class WorkerLink:
         options = [*LINK_OPTIONS, *TLS_OPTIONS]
         return grpc.aio.secure_channel(self.record.address, self._credentials, options=options)
 
-    async def _requests(self) -> AsyncIterator[worker_pb2.LinkRequest]:
-        yield worker_pb2.LinkRequest(open=worker_pb2.OpenLink(router_id=self._router_id))
-        while True:
-            yield await self._outbox.get()
+    async def _write(self, call: Call) -> None:
+        """Sends what is in the outbox until the call is over; why it is, its reader hears."""
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await call.write(worker_pb2.LinkRequest(open=worker_pb2.OpenLink(router_id=self._router_id)))
+            while True:
+                await call.write(await self._outbox.get())
 
     def _deliver(self, message: worker_pb2.LinkResponse) -> None:
         self._num_silent_ticks = 0
