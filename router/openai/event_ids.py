@@ -56,11 +56,14 @@ class EventIds:
         seen = [spec.seen_of(choice) for spec in specs for choice in range(self._num_choices)]
         self._num_tokens = [0] * len(seen)
         # Of a choice that was finished before, nothing more comes.
-        self._counts = [f"{part.num_untold}e" if part.is_finished else "0" for part in seen]
+        self._counts = [f"{part.num_untold}{'e' if part.is_finished else ''}" for part in seen]
 
     def note(self, prompt: int, output: ChoiceOutput) -> None:
         place = prompt * self._num_choices + output.choice
         self._num_tokens[place] += len(output.tokens)
+        if output.is_seen:
+            # The client has more than was computed again so far.
+            return
         end = "" if output.finish_reason is None else "e"
         self._counts[place] = f"{self._num_tokens[place]}{end}"
 

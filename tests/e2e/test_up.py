@@ -71,7 +71,9 @@ async def test_start_serve_lose_a_worker_and_stop(real_model_dir: Path) -> None:
     async with segue_up("--model", str(real_model_dir)) as up:
         serving = await up.line_with("serving ")
         http, grpc = re.findall(r"127\.0\.0\.1:\d+", serving)
-        assert any("prefill-0 → decode-0 over shm" in line for line in up.lines)  # the sample's way
+        assert any(
+            "decode-0" in line and "over " in line for line in up.lines
+        )  # the sample's way: it may be too short to split
         async with httpx.AsyncClient(timeout=60.0) as client:
             assert (await client.get(f"http://{http}/ready")).status_code == 200
         async with AsyncClient(grpc) as client:

@@ -35,3 +35,13 @@ def test_old_measurements_fade() -> None:
 
 def test_nothing_is_known_of_nothing() -> None:
     assert (Trend().line(), Trend().ratio) == ((0.0, 0.0), 0.0)
+
+
+def test_one_that_was_stopped_is_not_slow_from_then_on() -> None:
+    trend = Trend()
+    for y in [10.0] * 100 + [5000.0]:
+        trend.add(1, y)
+    assert trend.line()[0] < 11
+    for _ in range(500):
+        trend.add(1, 5000.0)
+    assert trend.line()[0] > 3000, "what stays slow is"
