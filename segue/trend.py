@@ -9,8 +9,8 @@ class Trend:
     """y = base + slope * x by least squares, in which a measurement counts half after `half_life` further ones. Neither is ever
     negative: a duration has no negative parts.
 
-    A single measurement counts as three times what was expected at most: a process that was stopped for a while is not slow from
-    then on, and one that stays slow is found out all the same.
+    A single measurement counts as three times what was expected at most: a process that was stopped for a while is not slow
+    from then on, and one that stays slow is found out all the same.
     """
 
     def __init__(self, half_life: float = 50.0) -> None:
