@@ -44,6 +44,12 @@ class Metrics:
         self.prefix_hits = Counter(
             "segue_prefix_hit_tokens", "Prompt tokens found in a prefix cache", ["place"], registry=registry
         )
+        self.placements = Counter(
+            "segue_placements", "Sequences by why their workers were chosen", ["reason"], registry=registry
+        )
+        self.failed_attempts = Counter(
+            "segue_failed_attempts", "Attempts that were continued on other workers, by cause", ["cause"], registry=registry
+        )
         self.transferred = Counter("segue_transferred_bytes", "KV bytes handed over", registry=registry)
         registry.register(_WorkerCollector(server))
 
@@ -113,6 +119,10 @@ class RequestMeter:
             metrics.prefix_hits.labels("prefill_from_decode").inc(path.prefill_pulled_tokens)
             metrics.prefix_hits.labels("decode").inc(path.decode_cached_tokens)
             metrics.transferred.inc(path.transferred_bytes)
+            if path.placement:
+                metrics.placements.labels(path.placement).inc()
+            for failed in path.failed_attempts:
+                metrics.failed_attempts.labels(failed.error.code).inc()
             handover_s = path.lifecycle.seconds(Phase.TRANSFERRING, Phase.DECODING)
             if handover_s is not None:
                 metrics.handover.observe(handover_s)
@@ -136,7 +146,13 @@ class _WorkerCollector(Collector):
         capacity = GaugeMetricFamily("segue_worker_kv_blocks_capacity", "All KV blocks", labels=["worker"])
         requests = GaugeMetricFamily("segue_worker_requests", "Requests on a worker", labels=["worker", "state"])
         queued = GaugeMetricFamily("segue_worker_queued_tokens", "Prompt tokens not yet computed", labels=["worker"])
-        for worker in self._server.status().workers:
+        status = self._server.status()
+        fresh = GaugeMetricFamily(
+            "segue_membership_fresh",
+            "1 while the store answers; 0: the workers are those known so far",
+            int(status.membership_fresh),
+        )
+        for worker in status.workers:
             name, load = worker.worker_id, worker.load
             for role in worker.roles:
                 state.add_metric([name, role, worker.state], 1)
@@ -146,7 +162,7 @@ class _WorkerCollector(Collector):
             requests.add_metric([name, "waiting"], load.waiting_requests)
             requests.add_metric([name, "running"], load.running_requests)
             queued.add_metric([name], load.queued_tokens)
-        return [state, blocks, capacity, requests, queued]
+        return [state, blocks, capacity, requests, queued, fresh]
 
 
 def _blocks(load: pb.WorkerLoad) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""When a call is made again: only while nothing of its answer was given out, and only when that can help.
+"""When a call is made again: only when that can help, and so that nothing of its answer is given out twice.
 
 The deadline covers all attempts and the pauses between them. Deciding only; the transports call and sleep.
 """

@@ -427,3 +427,32 @@ async def test_a_made_up_event_id_is_refused(event_id: str, serve: ServeFront, s
         events, response = await stream_with_ids(running.http, "/v1/completions", completion(), event_id[:8000])
         assert (events, response.status_code) == ([], 400)
         assert response.json()["error"]["param"] in {"Last-Event-ID", "resume"}
+
+
+@pytest.mark.parametrize("num_choices", [1, 2, 3])
+async def test_a_stream_may_break_again_while_choices_catch_up(
+    num_choices: int, serve: ServeFront, tokenizer: Tokenizer
+) -> None:
+    """Choice 0 runs ahead in the first stream, and behind when it is computed again."""
+    token_ids = tokenizer.encode("the answer is here and there")
+    body = completion(n=num_choices, max_tokens=len(token_ids), seed=5)
+    is_first = True
+
+    def script(request: SequenceRequest) -> list[TokenStep]:
+        steps = token_steps(token_ids)
+        size = 4 if is_first and request.sequence_id.endswith("-0") else 1
+        parts = [steps[start : start + size] for start in range(0, len(steps), size)]
+        return [TokenStep(tuple(t for step in part for t in step.tokens), part[-1].finish_reason) for part in parts]
+
+    def texts(events: list[tuple[str, Any]]) -> list[str]:
+        choices = [choice for _, data in events if data != "[DONE]" for choice in data["choices"]]
+        return ["".join(c["text"] for c in choices if c["index"] == number) for number in range(num_choices)]
+
+    async with serve(script) as running:
+        whole, _ = await stream_with_ids(running.http, "/v1/completions", body)
+        is_first = False
+        for first in range(0, len(whole) - 2, 2):
+            rest, _ = await stream_with_ids(running.http, "/v1/completions", body, whole[first][0])
+            for second in range(0, len(rest) - 2, 2):
+                again, _ = await stream_with_ids(running.http, "/v1/completions", body, rest[second][0])
+                assert texts(whole[: first + 1] + rest[: second + 1] + again) == texts(whole)
