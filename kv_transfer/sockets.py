@@ -84,8 +84,7 @@ class AsyncSocket:
             try:
                 parts = self._socket.recv_multipart(_NOBLOCK, copy=False)
             except zmq.Again:
-                self._readable.clear()
-                await self._readable.wait()
+                await self._until(self._readable)
             else:
                 self._look()
                 return parts
@@ -96,8 +95,7 @@ class AsyncSocket:
             try:
                 return self.send_now(parts)
             except zmq.Again:
-                self._writable.clear()
-                await self._writable.wait()
+                await self._until(self._writable)
 
     def send_now(self, parts: Sequence[bytes | memoryview]) -> None:
         """Raises zmq.ZMQError when that cannot be without waiting, or not at all."""
@@ -105,6 +103,13 @@ class AsyncSocket:
             self._socket.send_multipart(parts, _NOBLOCK, copy=False)
         finally:
             self._look()
+
+    async def _until(self, event: asyncio.Event) -> None:
+        """After a call that could not be served. Looks once more when the event is cleared: the call may have taken away the
+        word that either side of the socket waits for, and what has changed since would be missed."""
+        event.clear()
+        self._look()
+        await event.wait()
 
     def log_refusals(self) -> None:
         """Says from now on, on a listening socket, that peers without the right keys were turned away."""

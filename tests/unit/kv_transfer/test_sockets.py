@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket as net
 from collections.abc import Iterator
 
@@ -91,3 +92,45 @@ async def test_a_receiver_listens_at_the_port_that_is_asked_for(context):
     receiver, endpoint = await bind_receiver(context, "127.0.0.1", 0, port=port)
     assert endpoint == f"tcp://127.0.0.1:{port}"
     receiver.close()
+
+
+class SocketOfOneWord:
+    """Its descriptor never says anything: the word that something has changed was taken by the very call that failed."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        self.events = 0
+        self.calls: list[str] = []
+
+    def getsockopt(self, option: int) -> int:
+        return self._read if option == zmq.FD else self.events
+
+    def send_multipart(self, *_: object, **__: object) -> None:
+        self._call("send", zmq.POLLOUT)
+
+    def recv_multipart(self, *_: object, **__: object) -> list[object]:
+        self._call("receive", zmq.POLLIN | zmq.POLLOUT)
+        return []
+
+    def _call(self, name: str, becomes: int) -> None:
+        self.calls.append(name)
+        if not self.events:
+            self.events = becomes
+            raise zmq.Again
+
+    def close(self, _linger_ms: int) -> None:
+        os.close(self._read)
+        os.close(self._write)
+
+
+@pytest.mark.parametrize("failing", ["send", "receive"])
+async def test_what_changes_in_a_call_that_fails_is_not_missed(failing: str) -> None:
+    fake = SocketOfOneWord()
+    socket = AsyncSocket(fake)  # type: ignore[arg-type]
+    try:
+        async with asyncio.timeout(10):
+            await (socket.send([b"x"]) if failing == "send" else socket.receive())
+        assert fake.calls == [failing, failing]
+        assert socket._writable.is_set(), "whoever waits to send is told, whichever call it was"
+    finally:
+        socket.close()
