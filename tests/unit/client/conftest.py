@@ -80,7 +80,7 @@ class ScriptedRouter(InferenceServiceServicer, OperatorServiceServicer):
                     await fail(context, act)
                 else:
                     yield act
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # while it waits, and while a message is being written
             self.left.put_nowait("cancelled")
             raise
 
