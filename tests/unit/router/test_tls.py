@@ -24,6 +24,7 @@ class Pki:
     """An authority, the router's certificate and a client's."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.authority = trustme.CA()
         self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
         self.client_cert, self.client_key = folder / "client.pem", folder / "client-key.pem"
@@ -106,6 +107,16 @@ async def test_a_new_certificate_serves_new_connections_and_a_broken_one_does_no
             tls._reload()
         assert (await asyncio.to_thread(ask, running.front.http_address, "/health", 10, pinned)).is_ok
         async with AsyncClient(f"grpcs://{running.front.grpc_address}", access=Access(ca=pki.ca)) as client:
+            assert (await client.models())[0].id
+
+
+async def test_grpc_shows_the_new_certificate_to_new_connections(serve, say, pki, tmp_path):
+    other = Pki(tmp_path / "other")
+    async with serve(say("hi"), **pki.server) as running:
+        pki.cert.write_bytes(other.cert.read_bytes())
+        pki.key.write_bytes(other.key.read_bytes())
+        running.front._tls._reload()
+        async with AsyncClient(f"grpcs://{running.front.grpc_address}", access=Access(ca=other.ca), retry=ONCE) as client:
             assert (await client.models())[0].id
 
 
