@@ -33,7 +33,7 @@ _FIRST_RETRY_S = 1.0
 class Slot:
     """The place of an admitted sequence."""
 
-    def __init__(self, queue: FairQueue[asyncio.Future[None]], tenant: str) -> None:
+    def __init__(self, queue: FairQueue[asyncio.Event], tenant: str) -> None:
         self._queue = queue
         self._tenant = tenant
 
@@ -47,7 +47,7 @@ class Admission:
         self._max_active = max_active
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
-        self._queue: FairQueue[asyncio.Future[None]] = FairQueue()
+        self._queue: FairQueue[asyncio.Event] = FairQueue()
         self.num_active = 0
         # Seconds between two admissions by the tokens of the first, while others waited.
         self._pace = Trend()
@@ -65,12 +65,12 @@ class Admission:
         DeadlineExceeded as soon as `deadline_s`, on the loop's clock, has passed."""
         caller, cost = request.caller, len(request.prompt_token_ids)
         self._refuse_if_hopeless(request, deadline_s)
-        waiting = Waiting(asyncio.get_running_loop().create_future(), caller.tenant, caller.priority, cost)
+        waiting = Waiting(asyncio.Event(), caller.tenant, caller.priority, cost)
         self._queue.push(waiting, caller.weight)
         self._pump()
         try:
             async with asyncio.timeout_at(deadline_s):
-                await waiting.entry
+                await waiting.entry.wait()
         except BaseException as error:
             self._give_up(waiting)
             if isinstance(error, TimeoutError):
@@ -81,9 +81,9 @@ class Admission:
         finally:
             self._leave(caller.tenant)
 
-    def _give_up(self, waiting: Waiting[asyncio.Future[None]]) -> None:
-        """Its turn may have come in this very moment."""
-        if waiting.entry.done() and not waiting.entry.cancelled():
+    def _give_up(self, waiting: Waiting[asyncio.Event]) -> None:
+        """Its turn may have come in this very moment, before or after what made it give up."""
+        if waiting.entry.is_set():
             self._leave(waiting.tenant)
         else:
             self._queue.remove(waiting)
@@ -140,7 +140,7 @@ class Admission:
             self._pace.add(last_cost, now_s - last_s)
         self._last = (now_s, waiting.cost)
         self.num_active += 1
-        waiting.entry.set_result(None)
+        waiting.entry.set()
         self._pump_soon()
 
     def _has_room(self) -> bool:

@@ -142,7 +142,8 @@ async def test_who_leaves_while_waiting_takes_nobodys_turn(pair: Pair) -> None:
     assert (order, gate.num_active, gate.num_waiting) == (["second"], 0, 0)
 
 
-async def test_who_leaves_in_the_moment_of_its_turn_gives_it_back(pair: Pair) -> None:
+@pytest.mark.parametrize("turn_comes_first", [True, False])
+async def test_who_leaves_in_the_moment_of_its_turn_gives_it_back(pair: Pair, turn_comes_first: bool) -> None:
     gate, order, leave = admission(pair, max_active=1), list[str](), asyncio.Event()
     leave.set()
     pair.set(queued_tokens=500)
@@ -150,8 +151,9 @@ async def test_who_leaves_in_the_moment_of_its_turn_gives_it_back(pair: Pair) ->
     second = asyncio.create_task(come(gate, "second", order, leave))
     await settle()
     pair.set()
-    gate._pump()
-    first.cancel()
+    moments = [gate._pump, first.cancel]
+    for moment in moments if turn_comes_first else reversed(moments):
+        moment()
     await second
     assert (order, gate.num_active, gate.num_waiting) == (["second"], 0, 0)
 
