@@ -23,7 +23,9 @@ SHORT = GenerateOptions(max_tokens=4, temperature=0.0)
 
 @pytest.fixture(scope="module")
 async def cluster(real_model_dir: Path) -> AsyncIterator[LocalCluster]:
-    async with LocalCluster(real_model_dir, prefill=2, decode=2, kv_memory="256MiB") as cluster:
+    """Places in turn, so that every worker has its share of what is lost."""
+    settings = {"policy": "round_robin"}
+    async with LocalCluster(real_model_dir, prefill=2, decode=2, kv_memory="256MiB", router_settings=settings) as cluster:
         yield cluster
 
 
