@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from deploy.ranks import Meeting, remote_ranks, run_rank
 from deploy.worker_health import health_served
 from deploy.worker_parts import kv_ends, load_engine
 from engine.engine import Engine
+from kv_transfer.account import TransferAccount
 from kv_transfer.handover import Receiver, Sender
 from kv_transfer.ranks import RankedReceiver, RankedSender, RemoteRank
 from kv_transfer.receiver import KVReceiver
@@ -102,6 +104,8 @@ class Worker:
     active_legs: list[Leg] = field(default_factory=list)
     # This process's own; further ranks have theirs.
     kv_ends: list[KVReceiver | KVSender] = field(default_factory=list)
+    transfers: TransferAccount = field(default_factory=TransferAccount)
+    started_unix_s: float = field(default_factory=time.time)
     # Set while `server` runs.
     duty: Duty = field(init=False)
 
@@ -119,6 +123,7 @@ class Worker:
                 receiver,
                 sender,
                 wakeups,
+                self.transfers,
                 worker_id=settings.worker_id,
                 max_sequences=settings.max_batch,
                 max_step_tokens=settings.max_prefill_tokens,
@@ -128,6 +133,7 @@ class Worker:
                 sender,
                 receiver,
                 wakeups,
+                self.transfers,
                 max_step_tokens=settings.max_prefill_tokens,
                 pulls=settings.kv_pull,
             )
@@ -171,6 +177,7 @@ class Worker:
             roles=self.duty.roles,
             possible_roles=settings.possible_roles,
             roles_until_unix_s=self.duty.roles_until_unix_s,
+            started_unix_s=self.started_unix_s,
             address=self.address,
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -202,6 +209,7 @@ class Worker:
             decode_ms_per_step=decode_ms_per_step,
             decode_ms_per_sequence=decode_ms_per_sequence,
         )
+        self.transfers.add_load(load)
         for leg in self.active_legs:
             leg.add_load(load)
         return load

@@ -22,11 +22,13 @@ from contextlib import suppress
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step import Chunk
+from kv_transfer.account import TransferAccount
 from kv_transfer.handover import HandOver, Receiver, Reservation, Sender
 from prefill_worker.job import PrefillJob
 from prefill_worker.outgoing import OutgoingKV
 from prefill_worker.scheduling import plan_chunks, plan_pull
 from segue.errors import InternalError, InvalidRequest, SegueError, TransferError
+from segue.histogram import Histogram
 from segue.jobs import JobTable
 from segue.prefix import block_hashes
 from segue.runtime import Wakeups
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 # A decode worker that has room grants tickets within a few milliseconds; one that has none is not waited for.
 _TICKET_PATIENCE_S = 0.2
+_STEP_TOKENS_BOUNDS = tuple(float(2**power) for power in range(15))
 
 
 class PrefillService:
@@ -52,6 +55,7 @@ class PrefillService:
         sender: Sender,
         receiver: Receiver,
         wakeups: Wakeups,
+        transfers: TransferAccount,
         *,
         max_step_tokens: int,
         pulls: bool,
@@ -60,6 +64,7 @@ class PrefillService:
         self._sender = sender
         self._receiver = receiver
         self._wakeups = wakeups
+        self._transfers = transfers
         self._wake = wakeups.listener()
         self._max_step_tokens = max_step_tokens
         self._pulls = pulls
@@ -70,8 +75,8 @@ class PrefillService:
         self._computing: list[PrefillJob] = []
         self._num_prefilled_tokens = 0
         self._num_hit_tokens = 0
-        self._num_transferred_bytes = 0
-        self._num_failed_transfers = 0
+        self._num_pulled_tokens = 0
+        self._step_tokens = Histogram(_STEP_TOKENS_BOUNDS)
 
     # Leg
 
@@ -94,8 +99,9 @@ class PrefillService:
         load.queued_tokens += sum(self._num_to_compute(job) for job in self._waiting)
         load.prefilled_tokens += self._num_prefilled_tokens
         load.prefix_hit_tokens += self._num_hit_tokens
-        load.transferred_bytes += self._num_transferred_bytes
-        load.failed_transfers += self._num_failed_transfers
+        load.prefix_hits["prefill"] = self._num_hit_tokens
+        load.prefix_hits["prefill_from_decode"] = self._num_pulled_tokens
+        load.prefill_step_tokens.CopyFrom(self._step_tokens.to_pb())
 
     def _num_to_compute(self, job: PrefillJob) -> int:
         """Of a prompt that waits: what its lease would not find in the cache, were it granted now."""
@@ -163,13 +169,15 @@ class PrefillService:
                 await self._hand_over(job, token)
                 job.link.send(pb.LinkResponse(prefill_released=pb.PrefillReleased(key=job.key)))
         except SegueError as error:
-            self._num_failed_transfers += isinstance(error, TransferError)
+            if isinstance(error, TransferError):
+                self._transfers.failed(error)
             job.link.send_failed(job.key, error)
 
     async def _hand_over(self, job: PrefillJob, token: GeneratedToken) -> None:
         hand_over = await job.hand_over
         assert job.sequence.lease is not None
-        self._num_transferred_bytes += await hand_over.commit(token.token_id, job.sequence.lease.block_ids)
+        num_bytes = await hand_over.commit(token.token_id, job.sequence.lease.block_ids)
+        self._transfers.sent(num_bytes, job.sending_s)
 
     async def _release(self, job: PrefillJob) -> None:
         """Takes the job out of every queue, waits until nothing writes or reads its blocks, and gives them back."""
@@ -219,6 +227,7 @@ class PrefillService:
                 self._wake.clear()
                 continue
             jobs = self._computing[: len(sizes)]
+            self._step_tokens.observe(sum(sizes))
             tokens = await self._compute(jobs, sizes)
             self._settle(jobs, tokens)
 
@@ -277,11 +286,12 @@ class PrefillService:
             await job.pulled.arrival()
             job.pulled.accept()
         except TransferError as error:
-            self._num_failed_transfers += 1
+            self._transfers.failed(error)
             logger.warning("computing anew what decode could not send of %s: %s", sequence.key, error.message)
         else:
             num_tokens = blocks.stop * layout.block_size
             job.pulled_tokens, sequence.num_computed = num_tokens - sequence.num_computed, num_tokens
+            self._num_pulled_tokens += job.pulled_tokens
             self._publish(job)
             job.outgoing.begin(sequence.lease.block_ids, num_tokens)
         if job.pulled is not None:

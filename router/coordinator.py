@@ -140,6 +140,7 @@ class Coordinator:
             model=self._model_name,
             workers=[link.status() for link in self._workers.all()],
             active_requests=self._admission.num_active + self._admission.num_waiting,
+            waiting_sequences=self._admission.num_waiting,
             membership_fresh=self._workers.membership_fresh,
             version=version("segue"),
             routers=[

@@ -869,6 +869,7 @@ class WorkerRecord(_message.Message):
     SECRET_FINGERPRINT_FIELD_NUMBER: _builtins.int
     POSSIBLE_ROLES_FIELD_NUMBER: _builtins.int
     ROLES_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -895,6 +896,8 @@ class WorkerRecord(_message.Message):
     """Of the cluster secret, one way; empty without one. Only where it is equal do processes talk to each other."""
     roles_until_unix_s: _builtins.float
     """When its roles change back to those that it was started with, in Unix time; 0: they do not."""
+    started_unix_s: _builtins.float
+    """In Unix time."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefill, decode."""
@@ -925,10 +928,11 @@ class WorkerRecord(_message.Message):
         secret_fingerprint: _builtins.str = ...,
         possible_roles: _abc.Iterable[_builtins.str] | None = ...,
         roles_until_unix_s: _builtins.float = ...,
+        started_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "pulls_kv", b"pulls_kv", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "secret_fingerprint", b"secret_fingerprint", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "pulls_kv", b"pulls_kv", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "secret_fingerprint", b"secret_fingerprint", "started_unix_s", b"started_unix_s", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
