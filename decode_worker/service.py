@@ -30,6 +30,7 @@ from segue.jobs import JobTable
 from segue.prefix import block_hashes
 from segue.runtime import Wakeups
 from segue.sampling import GeneratedToken
+from segue.tracing import Spans
 from segue.v1 import worker_pb2 as pb
 from segue.v1.inference_pb2 import WorkerLoad
 from segue.v1.transfer_pb2 import Ticket
@@ -51,6 +52,7 @@ class DecodeService:
         sender: Sender,
         wakeups: Wakeups,
         transfers: TransferAccount,
+        spans: Spans,
         *,
         worker_id: str,
         max_sequences: int,
@@ -61,6 +63,7 @@ class DecodeService:
         self._sender = sender
         self._wakeups = wakeups
         self._transfers = transfers
+        self._spans = spans
         self._wake = wakeups.listener()
         self._worker_id = worker_id
         self._jobs: JobTable[DecodeJob] = JobTable()
@@ -118,6 +121,7 @@ class DecodeService:
         job = DecodeJob(
             key=message.key,
             link=link,
+            traceparent=message.traceparent,
             sequence=Sequence(
                 message.key.sequence_id, token_ids, sampling, num_prompt_tokens=len(token_ids) - message.num_output_tokens
             ),
@@ -135,7 +139,8 @@ class DecodeService:
             await job.admitted
             reservation = job.reservation = await self._reserve(job)
             job.link.send(pb.LinkResponse(decode_reserved=pb.DecodeReserved(key=job.key, tickets=reservation.tickets)))
-            arrival = await reservation.arrival()
+            with self._spans.below(job.traceparent, "receive KV"):
+                arrival = await reservation.arrival()
             cached_tokens = self._take_over(job, arrival)
             reservation.accept()
             job.link.send(
@@ -148,7 +153,8 @@ class DecodeService:
                     )
                 )
             )
-            await job.finished
+            with self._spans.below(job.traceparent, "decode steps"):
+                await job.finished
         except SegueError as error:
             if isinstance(error, TransferError):
                 self._transfers.failed(error)

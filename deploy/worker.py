@@ -36,8 +36,11 @@ from segue.cluster_secret import differing_secret
 from segue.config import WorkerSettings
 from segue.errors import ConfigError
 from segue.link_tls import LinkCredentials
+from segue.logs import set_up_logging
 from segue.membership import Membership, held_lease
+from segue.otel import exported_spans
 from segue.runtime import Wakeups, background, run_process, say_serving, stop_event
+from segue.tracing import Spans
 from segue.v1 import worker_pb2
 from segue.v1.inference_pb2 import WorkerLoad
 from segue.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
@@ -81,7 +84,8 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         stack.callback(memory.close)
         stack.callback(engine.close)
         ranks = await stack.enter_async_context(remote_ranks(meeting, settings)) if meeting is not None else []
-        worker = Worker(settings, engine, memory, ranks, epoch)
+        spans = await stack.enter_async_context(exported_spans(settings, "segue-worker", settings.worker_id))
+        worker = Worker(settings, engine, memory, ranks, epoch, spans)
         await stack.enter_async_context(worker.legs())
         await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
@@ -100,6 +104,7 @@ class Worker:
     # Those after the first, which this is.
     ranks: list[RemoteRank]
     epoch: int
+    spans: Spans
     address: str = ""
     active_legs: list[Leg] = field(default_factory=list)
     # This process's own; further ranks have theirs.
@@ -124,6 +129,7 @@ class Worker:
                 sender,
                 wakeups,
                 self.transfers,
+                self.spans,
                 worker_id=settings.worker_id,
                 max_sequences=settings.max_batch,
                 max_step_tokens=settings.max_prefill_tokens,
@@ -134,6 +140,7 @@ class Worker:
                 receiver,
                 wakeups,
                 self.transfers,
+                self.spans,
                 max_step_tokens=settings.max_prefill_tokens,
                 pulls=settings.kv_pull,
             )
@@ -229,7 +236,9 @@ async def _tell_of_other_secrets(membership: Membership, own: worker_pb2.WorkerR
 
 async def main() -> None:
     # Whatever keeps this process starts it anew, or does not.
-    await run_worker(WorkerSettings.load())
+    settings = WorkerSettings.load()
+    set_up_logging(settings.log_format, worker_id=settings.worker_id)
+    await run_worker(settings)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from segue.jobs import JobTable
 from segue.prefix import block_hashes
 from segue.runtime import Wakeups
 from segue.sampling import GeneratedToken
+from segue.tracing import Spans
 from segue.v1 import worker_pb2 as pb
 from segue.v1.inference_pb2 import WorkerLoad
 from segue.v1.transfer_pb2 import Ticket
@@ -56,6 +57,7 @@ class PrefillService:
         receiver: Receiver,
         wakeups: Wakeups,
         transfers: TransferAccount,
+        spans: Spans,
         *,
         max_step_tokens: int,
         pulls: bool,
@@ -65,6 +67,7 @@ class PrefillService:
         self._receiver = receiver
         self._wakeups = wakeups
         self._transfers = transfers
+        self._spans = spans
         self._wake = wakeups.listener()
         self._max_step_tokens = max_step_tokens
         self._pulls = pulls
@@ -136,6 +139,7 @@ class PrefillService:
         job = PrefillJob(
             key=message.key,
             link=link,
+            traceparent=message.traceparent,
             sequence=Sequence(
                 message.key.sequence_id, token_ids, sampling, num_prompt_tokens=len(token_ids) - message.num_output_tokens
             ),
@@ -151,6 +155,7 @@ class PrefillService:
     async def _serve(self, job: PrefillJob) -> None:
         try:
             token = await job.first_token
+            self._tell_computed(job)
             finish_reason = job.sequence.append(token)
             job.link.send(
                 pb.LinkResponse(
@@ -173,11 +178,18 @@ class PrefillService:
                 self._transfers.failed(error)
             job.link.send_failed(job.key, error)
 
+    def _tell_computed(self, job: PrefillJob) -> None:
+        if job.computed_s is not None:
+            num_tokens = job.sequence.num_initial_tokens - job.cached_tokens - job.pulled_tokens
+            self._spans.add_below(job.traceparent, "compute prompt", job.computed_s, {"segue.tokens": num_tokens})
+
     async def _hand_over(self, job: PrefillJob, token: GeneratedToken) -> None:
         hand_over = await job.hand_over
         assert job.sequence.lease is not None
         num_bytes = await hand_over.commit(token.token_id, job.sequence.lease.block_ids)
         self._transfers.sent(num_bytes, job.sending_s)
+        if job.outgoing.first_sent_s is not None:
+            self._spans.add_below(job.traceparent, "send KV", job.outgoing.first_sent_s, {"segue.bytes": num_bytes})
 
     async def _release(self, job: PrefillJob) -> None:
         """Takes the job out of every queue, waits until nothing writes or reads its blocks, and gives them back."""

@@ -238,6 +238,7 @@ class StartPrefill(_message.Message):
     NUM_DECODE_RANKS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     hand_over: _builtins.bool
     """False when one token is all that is wanted, and no ticket will come."""
     num_decode_ranks: _builtins.int
@@ -246,6 +247,8 @@ class StartPrefill(_message.Message):
     """The last so many of `token_ids` were generated in earlier attempts; what is sampled next continues them."""
     cache_salt: _builtins.bytes
     """Only prompts of equal salts share a prefix cache."""
+    traceparent: _builtins.str
+    """W3C trace context of the router's span of this attempt; empty where the request is not traced."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -262,10 +265,11 @@ class StartPrefill(_message.Message):
         num_decode_ranks: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
         cache_salt: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "hand_over", b"hand_over", "key", b"key", "num_decode_ranks", b"num_decode_ranks", "num_output_tokens", b"num_output_tokens", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "hand_over", b"hand_over", "key", b"key", "num_decode_ranks", b"num_decode_ranks", "num_output_tokens", b"num_output_tokens", "sampling", b"sampling", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,6 +314,7 @@ class ReserveDecode(_message.Message):
     NUM_PREFILL_RANKS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     prefill_worker_id: _builtins.str
     """Who will write; the worker itself when both phases run in one."""
     num_prefill_ranks: _builtins.int
@@ -317,6 +322,7 @@ class ReserveDecode(_message.Message):
     num_output_tokens: _builtins.int
     """As in StartPrefill."""
     cache_salt: _builtins.bytes
+    traceparent: _builtins.str
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -333,10 +339,11 @@ class ReserveDecode(_message.Message):
         num_prefill_ranks: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
         cache_salt: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "num_output_tokens", b"num_output_tokens", "num_prefill_ranks", b"num_prefill_ranks", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "num_output_tokens", b"num_output_tokens", "num_prefill_ranks", b"num_prefill_ranks", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

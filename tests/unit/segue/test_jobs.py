@@ -14,6 +14,7 @@ from segue.worker_link import RouterLink
 class FakeJob:
     key: pb.SequenceKey
     link: RouterLink
+    traceparent: str = ""
     released: list[str] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
