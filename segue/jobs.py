@@ -66,7 +66,7 @@ class JobTable(Generic[JobT]):
             request_id=request_of(sequence), sequence_id=sequence, trace_id=trace.trace_id if trace is not None else ""
         ):
             entry.task = asyncio.create_task(self._live(entry, service, release))
-        entry.task.add_done_callback(lambda task: self._on_done(key, job, task))
+            entry.task.add_done_callback(lambda task: self._on_done(key, job, task))
         return True
 
     def get(self, key: pb.SequenceKey) -> JobT | None:
@@ -114,5 +114,5 @@ class JobTable(Generic[JobT]):
         if not self._entries:
             self._empty.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("serving sequence %s failed", key, exc_info=error, extra={"sequence_id": job.key.sequence_id})
+            logger.error("serving sequence %s failed", key, exc_info=error)
             job.link.send_failed(job.key, InternalError(f"{type(error).__name__}: {error}"))
