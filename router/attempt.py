@@ -139,7 +139,8 @@ class Attempt:
         self._path.transport = started.transport
         self._decode_has_it = True
         now_s = asyncio.get_running_loop().time()
-        self._placed.handed_over(len(self._token_ids) - started.cached_tokens, now_s - (self._first_token_s or now_s))
+        num_sent = len(self._token_ids) - started.cached_tokens
+        self._placed.handed_over(num_sent, started.transferred_bytes, now_s - (self._first_token_s or now_s))
         self._enter_decoding()
 
     def _enter_decoding(self) -> None:

@@ -152,6 +152,8 @@ class Coordinator:
                 )
                 for router in self._workers.routers
             ],
+            waiting_requests=self._admission.num_waiting,
+            transfers=self._placement.transfers.to_pb(),
         )
 
     def missing_roles(self) -> list[str]:

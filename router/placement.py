@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from router.fleet import Rows
 from router.policies import COLOCATED, DISAGGREGATED, POLICIES, Choice, Mask, Situation
+from router.recent import RecentTransfers
 from router.workers import WorkerLink, Workers
 from segue.errors import ConfigError, InvalidRequest, NoWorker
 from segue.trend import Trend
@@ -75,10 +76,11 @@ class Placed:
             self._is_reserved = True
             self.decode.charge(unreserved=-1)
 
-    def handed_over(self, num_tokens: int, seconds: float) -> None:
+    def handed_over(self, num_tokens: int, num_bytes: int, seconds: float) -> None:
         """Decode holds the KV cache, of which so many tokens were sent, so long after the first token."""
         if self.prefill is not self.decode:
             self._placement.learn_hand_over(self.prefill, self.decode, num_tokens, seconds)
+            self._placement.transfers.add(self.prefill.record.worker_id, self.decode.record.worker_id, num_bytes)
 
 
 class Placement:
@@ -96,6 +98,7 @@ class Placement:
         self._expected_tokens = _FIRST_EXPECTED_TOKENS
         # Milliseconds by tokens sent, within a host and between two.
         self._near, self._far = Trend(), Trend()
+        self.transfers = RecentTransfers()
 
     def place(self, wanted: Wanted) -> Placed:
         """Raises NoWorker when a role is missing or no two workers fit together, InvalidRequest when it is too long."""
