@@ -22,7 +22,7 @@ from segue.v1.operator_pb2 import RequestRecord
 _PIPED_WIDTH = 120
 _TIME_WIDTH = len("1,000,000.0 ms")
 _SHORTEST_BAR = 10
-_COLOURS = {"queue": "yellow", "reserve": "magenta", "prefill": "blue", "transfer": "cyan", "decode": "green"}
+STAGE_COLOURS = {"queue": "yellow", "reserve": "magenta", "prefill": "blue", "transfer": "cyan", "decode": "green"}
 
 
 def explain(
@@ -110,7 +110,7 @@ def waterfall(spans: Sequence[Span], total_s: float, width: int) -> Iterator[Tex
     for span in spans:
         took = f"{1000 * (span.end_s - span.start_s):,.1f} ms".rjust(_TIME_WIDTH)
         bar = bar_of(span, total_s, bars).ljust(bars)
-        colour = _COLOURS[span.name.rpartition(" ")[2]]
+        colour = STAGE_COLOURS[span.name.rpartition(" ")[2]]
         yield Text.assemble(span.name.ljust(names), " ", (bar, colour), " ", took, " ", (span.note, "dim"))
 
 

@@ -94,7 +94,7 @@ class ScriptedRouter(InferenceServiceServicer, OperatorServiceServicer):
         return act
 
     Tokenize = ListModels = GetClusterStatus = _answer
-    Explain = DrainWorker = RestartWorker = SetWorkerRole = _answer
+    Explain = GetOverview = DrainWorker = RestartWorker = SetWorkerRole = _answer
 
 
 class BareStatus(Exception):
