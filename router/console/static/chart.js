@@ -49,7 +49,7 @@ export class Chart {
     );
     const told = nearest ? { ...nearest, when: `${Math.round(ageOf(nearest))} s ago: ` } : { ...this.latency, when: "" };
     const text = told.count
-      ? `${told.when}p50 ${duration(told.p50_s)}, p99 ${duration(told.p99_s)} of ${count(told.count)}`
+      ? `${told.when}p50 ${duration(told.p50_s)}, p99 ${duration(told.p99_s)}, ${count(told.count)} measured`
       : "nothing measured";
     setText(this.readout, text);
     this.svg.setAttribute("aria-label", `${this.svg.parentElement.querySelector("figcaption").firstChild.data.trim()}: ${text}`);
@@ -77,8 +77,8 @@ function grid(width, height, top, x, y) {
     const label = share === 0 ? "0" : duration(share * top).replace(/\.0+ /, " ");
     parts.push(shape("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, label));
   }
-  for (const minutes of [5, 4, 3, 2, 1, 0]) {
-    const anchor = minutes === 0 ? "end" : minutes === 5 ? "start" : "middle";
+  for (const minutes of width < 440 ? [4, 2, 0] : [4, 3, 2, 1, 0]) {
+    const anchor = minutes === 0 ? "end" : "middle";
     const text = minutes === 0 ? "now" : `−${minutes} min`;
     parts.push(shape("text", { x: x(60 * minutes), y: height - 4, "text-anchor": anchor }, text));
   }

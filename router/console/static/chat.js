@@ -157,7 +157,10 @@ function addMessage(who, text) {
     },
     link(id, onClick) {
       const button = element("button", { type: "button", class: "link", title: id }, `waterfall ${shortId(id)}`);
-      button.addEventListener("click", onClick);
+      button.addEventListener("click", () => {
+        onClick();
+        byId("waterfall").scrollIntoView({ block: "nearest" });
+      });
       about.append(button);
       onClick();
     },

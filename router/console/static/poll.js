@@ -69,7 +69,7 @@ export class Poll {
         this.problem = await problemOf(response);
         this.isLocked = response.status === 401 || response.status === 403;
         this.failures += 1;
-        if (this.isLocked) askForKey(this.problem);
+        if (response.status === 401) askForKey(this.problem);
         return;
       }
       state = await response.json();

@@ -4,6 +4,7 @@ import { byId, element, keyed, setText, shape } from "./dom.js";
 import { bytes, count, percent } from "./format.js";
 
 const THICKEST = 14;
+const LABEL_HEIGHT = 15;
 
 export function showCluster(cluster) {
   const has = (worker, role) => worker.roles.includes(role);
@@ -43,8 +44,8 @@ function updateCard(card, worker) {
   cached.style.width = `${(100 * load.cached_blocks) / (load.total_blocks || 1)}%`;
   setText(
     card.querySelector(".blocks"),
-    `${percent(load.leased_blocks, load.total_blocks)} of ${count(load.total_blocks)} blocks held, ` +
-      `${percent(load.cached_blocks, load.total_blocks)} cached`,
+    `${percent(load.leased_blocks, load.total_blocks)} held, ${percent(load.cached_blocks, load.total_blocks)} cached ` +
+      `of ${count(load.total_blocks)}`,
   );
   const queued = load.queued_tokens ? `, ${count(load.queued_tokens)} tokens queued` : "";
   setText(card.querySelector(".load"), `${load.running_requests} running, ${load.waiting_requests} waiting${queued}`);
@@ -76,11 +77,21 @@ function showFlows(transfers) {
     const rate = `${bytes(transfer.bytes_per_s)}/s`;
     arc.append(shape("title", {}, `${transfer.prefill_worker} to ${transfer.decode_worker}: ${rate}`));
     arcs.push(arc);
-    if (box.width >= 90 && transfers.length <= 8) {
-      labels.push(shape("text", { x: half, y: (from + to) / 2 + 4 }, rate));
-    }
+    labels.push({ y: (from + to) / 2 + 4, rate });
   }
-  svg.replaceChildren(...arcs, ...labels);
+  svg.replaceChildren(...arcs, ...(box.width < 90 || labels.length > 8 ? [] : apart(labels, box.width / 2)));
   const told = transfers.map((t) => `${t.prefill_worker} to ${t.decode_worker} ${bytes(t.bytes_per_s)} per second`);
   svg.setAttribute("aria-label", `KV transfers: ${told.join(", ") || "none"}`);
+}
+
+/** One under the other where they would overlap. */
+function apart(labels, x) {
+  let next = -Infinity;
+  return labels
+    .sort((one, other) => one.y - other.y)
+    .map(({ y, rate }) => {
+      const at = Math.max(y, next);
+      next = at + LABEL_HEIGHT;
+      return shape("text", { x, y: at }, rate);
+    });
 }
