@@ -34,7 +34,7 @@ _NUM_REQUESTS = 50
 _NUM_REQUESTS_PIPED = 10
 _LEVELS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 60
-_FLOW_WIDTH = 20
+_FLOW_WIDTH, _MAX_FLOWS = 20, 8
 _BAR_WIDTH, _NARROW_BAR_WIDTH = 40, 14
 _OUTCOME_STYLES = {"running": "cyan", "ok": "green", "cancelled": "dim"}
 # Lines between the table of workers and that of requests, and the borders of both.
@@ -97,7 +97,7 @@ def _told_to_quit(within_s: float) -> bool:
 
 
 def _fitting(overview: GetOverviewResponse, console: Console) -> RenderableType:
-    num_lines = len(overview.cluster.workers) + len(overview.cluster.transfers) + _OTHER_LINES
+    num_lines = len(overview.cluster.workers) + min(len(overview.cluster.transfers), _MAX_FLOWS) + _OTHER_LINES
     return frame(overview, console.width, max(console.height - num_lines, 1))
 
 
@@ -118,10 +118,11 @@ def frame(overview: GetOverviewResponse, width: int, num_requests: int) -> Rende
 
 
 def _flows(transfers: tuple[TransferRate, ...]) -> Iterator[Text]:
-    most = max((transfer.bytes_per_s for transfer in transfers), default=0.0)
-    for transfer in transfers:
-        line = "━" * max(round(transfer.bytes_per_s / most * _FLOW_WIDTH), 1)
-        way = f"{transfer.prefill_worker} {line}▶ {transfer.decode_worker}"
+    """The broadest first."""
+    broadest = sorted(transfers, key=lambda transfer: -transfer.bytes_per_s)[:_MAX_FLOWS]
+    for transfer in broadest:
+        line = "━" * max(round(transfer.bytes_per_s / broadest[0].bytes_per_s * _FLOW_WIDTH), 1) + "▶"
+        way = f"{transfer.prefill_worker} {line.ljust(_FLOW_WIDTH + 1)} {transfer.decode_worker}"
         yield Text.assemble("KV  ", (way, "cyan"), f"  {transfer.bytes_per_s / 2**20:,.2f} MiB/s")
 
 
