@@ -61,7 +61,7 @@ def test_a_frame_has_it_all() -> None:
     assert lines[0] == "tiny · Segue 0.1.0 · 3 active requests"
     assert lines[2].split()[:3] == ["decode-0", "decode", "ready"]
     assert [line.count("━") for line in lines if line.startswith("KV ")] == [20, 7]
-    assert lines[5].split()[1:] == ["prefill-1", "━━━━━━━▶", "decode-0", "1.00", "MiB/s"]
+    assert lines[6].split()[1:] == ["prefill-1", "━━━━━━━▶", "decode-0", "1.00", "MiB/s"]
     ttft = next(line for line in lines if line.startswith("TTFT"))
     assert ttft.split()[1:7] == ["p50", "100.0", "ms", "p99", "400.0", "ms"]
     assert ttft.endswith("█")
