@@ -81,11 +81,12 @@ class Coordinator:
                 while not path.lifecycle.is_over:
                     placed = await self._place(serving)
                     try:
-                        attempt = Attempt(request, tuple(serving.token_ids), placed, path, CURRENT_TRACE.get())
+                        trace, token_ids = CURRENT_TRACE.get(), tuple(serving.token_ids)
+                        attempt = Attempt(request, token_ids, placed, path, serving.deadline_s, trace)
                         with placed, attempt.lines():
                             attempt.dispatch()
                             while not path.lifecycle.is_over:
-                                for step in await attempt.next_steps(serving.deadline_s):
+                                for step in await attempt.next_steps():
                                     serving.token_ids += [token.token_id for token in step.tokens]
                                     slot.generated(len(step.tokens))
                                     yield step
@@ -148,7 +149,6 @@ class Coordinator:
             model=self._model_name,
             workers=[link.status() for link in self._workers.all()],
             active_requests=self._admission.num_active + self._admission.num_waiting,
-            waiting_sequences=self._admission.num_waiting,
             membership_fresh=self._workers.membership_fresh,
             version=version("segue"),
             routers=[
@@ -161,6 +161,8 @@ class Coordinator:
                 )
                 for router in self._workers.routers
             ],
+            waiting_requests=self._admission.num_waiting,
+            transfers=self._placement.transfers.to_pb(),
         )
 
     def missing_roles(self) -> list[str]:

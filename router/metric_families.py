@@ -47,7 +47,7 @@ LABELS = {
 
 REQUESTS = Family("segue_requests_total", "counter", "Requests that ended", ("api", "outcome"))
 ACTIVE_REQUESTS = Family("segue_active_requests", "gauge", "Requests under way", ("api",))
-WAITING_SEQUENCES = Family("segue_waiting_sequences", "gauge", "Sequences whose turn to be sent to workers has not come")
+WAITING_REQUESTS = Family("segue_waiting_requests", "gauge", "Requests that wait for their turn to be sent to workers")
 # From a GPU's single milliseconds to a laptop CPU with long prompts.
 TTFT = Family(
     "segue_time_to_first_token_seconds",
@@ -89,7 +89,7 @@ MEMBERSHIP_FRESH = Family("segue_membership_fresh", "gauge", "1 while the store 
 OF_ROUTER = (
     REQUESTS,
     ACTIVE_REQUESTS,
-    WAITING_SEQUENCES,
+    WAITING_REQUESTS,
     TTFT,
     INTER_TOKEN,
     REQUEST,

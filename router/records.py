@@ -37,14 +37,18 @@ class RequestRecord:
         self.arrived_unix_s = arrived_unix_s
         self.trace = CURRENT_TRACE.get()
         self._done: list[GenerationDone] = []
+        self._num_outputs_seen = 0
 
     def see(self, event: GenerationEvent) -> None:
         if isinstance(event, GenerationDone):
             self._done.append(event)
+        else:
+            self._num_outputs_seen += len(event.tokens)
 
     @property
     def num_output_tokens(self) -> int:
-        return sum(done.num_output_tokens for done in self._done)
+        """So far; at the end also what a stream that broke had before."""
+        return max(sum(done.num_output_tokens for done in self._done), self._num_outputs_seen)
 
     @property
     def first_path(self) -> SequencePath | None:

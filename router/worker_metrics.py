@@ -25,7 +25,7 @@ class WorkerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         status = self._server.status()
         yield _metric(families.MEMBERSHIP_FRESH, [((), status.membership_fresh)])
-        yield _metric(families.WAITING_SEQUENCES, [((), status.waiting_sequences)])
+        yield _metric(families.WAITING_REQUESTS, [((), status.waiting_requests)])
         read = {worker.worker_id: read_worker(worker) for worker in status.workers}
         for family in families.OF_WORKERS:
             yield _metric(
