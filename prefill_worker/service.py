@@ -187,8 +187,8 @@ class PrefillService:
         hand_over = await job.hand_over
         assert job.sequence.lease is not None
         num_bytes = await hand_over.commit(token.token_id, job.sequence.lease.block_ids)
-        self._transfers.sent(num_bytes, job.sending_s)
-        if job.outgoing.first_sent_s is not None:
+        if num_bytes and job.outgoing.first_sent_s is not None:  # else nothing travelled: one worker, or decode had it all
+            self._transfers.sent(num_bytes, job.sending_s)
             self._spans.add_below(job.traceparent, "send KV", job.outgoing.first_sent_s, {"segue.bytes": num_bytes})
 
     async def _release(self, job: PrefillJob) -> None:
