@@ -50,13 +50,9 @@ class Service:
     def arrival(self, traceparent: str | None) -> Iterator[str]:
         """Around all that is done for one request, which came with this trace context; gives it its id."""
         request_id, trace = new_request_id(), self.tracing.arrived(traceparent)
-        outer = CURRENT_TRACE.get()
         CURRENT_TRACE.set(trace)
-        try:
-            with log_context(request_id=request_id, trace_id=trace.trace_id if trace is not None else ""):
-                yield request_id
-        finally:
-            CURRENT_TRACE.set(outer)
+        with log_context(request_id=request_id, trace_id=trace.trace_id if trace is not None else ""):
+            yield request_id
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFound unless `name` is the model served here."""
