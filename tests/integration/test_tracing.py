@@ -147,11 +147,15 @@ async def test_a_failover_is_two_attempts(valkey: Valkey, tiny_model_dir: Path, 
     is_armed = False
     monkeypatch.setattr(ShmWriter, "write", damaging)
     async with collecting() as collector:
-        async with traced_cluster(valkey, tiny_model_dir, collector.url, trace_ratio=0.0) as client:
+        async with traced_cluster(valkey, tiny_model_dir, collector.url) as client:
+            assert (await client.get("/ready")).status_code == 200
             is_armed = True
             answer = await client.post("/v1/completions", json=BODY, headers={"traceparent": f"00-{TRACE_ID}-{CALLER}-01"})
             assert answer.status_code == 200
         spans = collector.trace(TRACE_ID)
+        ids = {span.span_id for span in collector.spans}
+        orphans = [span for span in collector.spans if span.parent_id not in ids | {"", CALLER}]
+        assert orphans == [], "what probes ask for is in no trace"
     attempts = sorted((span for span in spans if span.name == "attempt"), key=lambda span: span.attributes["segue.attempt"])
     assert [(span.attributes["segue.attempt"], span.is_error) for span in attempts] == [(1, True), (2, False)]
     first, second = attempts
