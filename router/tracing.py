@@ -29,7 +29,7 @@ class RequestTracing:
         return TraceContext.begin(self._ratio) if parent is None else parent.child(secrets.token_hex(8))
 
     def over(self, record: RequestRecord) -> None:
-        if self._spans.are_wanted:
+        if self._spans.are_wanted and record.trace is not None and record.trace.sampled:
             for span in request_spans(record, time.time(), time.monotonic()):
                 self._spans.add(span)
 

@@ -112,3 +112,11 @@ def test_the_chart_knows_every_setting() -> None:
 
 def test_the_reference_of_metrics_is_up_to_date() -> None:
     assert reference() == REFERENCE.read_text(), "run: make manifests"
+
+
+def test_the_docs_name_metrics_and_alerts_that_there_are(series: dict[str, set[str]]) -> None:
+    text = (REFERENCE.parent / "observability.md").read_text()
+    names = set(re.findall(r"\bsegue_\w+", text))
+    assert len(names) > 10
+    assert names <= series.keys() | {family.name for family in FAMILIES}
+    assert set(re.findall(r"`(Segue\w+)`", text)) == {alert["alert"] for alert in ALERTS}
