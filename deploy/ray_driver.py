@@ -12,8 +12,8 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 # A resource of the local Ray, of which every actor takes one and there is always enough: the cores there are do not limit how
 # many workers share them.
 _SLOT, _NUM_SLOTS = "segue_slot", 10_000
+_HELPERS = ("start_monitor", "start_log_monitor", "start_api_server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +250,8 @@ def init_ray(ray: Any, plan: DriverPlan) -> None:
     common = {"namespace": f"segue-{plan.cluster_id}", "log_to_driver": False, "logging_level": "warning"}
     if plan.ray_address:
         ray.init(address=plan.ray_address, **common)
-    else:
+        return
+    with _without_helpers(ray):
         ray.init(
             address="local",
             # So many processes are begun at once, to become the actors.
@@ -261,6 +263,26 @@ def init_ray(ray: Any, plan: DriverPlan) -> None:
             _temp_dir=plan.temp_dir,
             **common,
         )
+
+
+@contextmanager
+def _without_helpers(ray: Any) -> Iterator[None]:
+    """Leaves out what a Ray of one host has no use for: autoscaler, log collector, and the API server that remains of the
+    dashboard without a dashboard, for which ray.init waits. It has no switch for them. A Ray in which these names are others
+    starts them, and is only slower; test_launch tells of it."""
+    node = ray._private.node.Node  # noqa: SLF001
+    kept = {name: getattr(node, name) for name in _HELPERS if hasattr(node, name)}
+    for name in kept:
+        setattr(node, name, _start_nothing)
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(node, name, method)
+
+
+def _start_nothing(_node: Any, **_: Any) -> None:
+    pass
 
 
 def main() -> int:
