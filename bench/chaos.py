@@ -152,9 +152,9 @@ class Faults:
             if (target := self._choose()) is not None:
                 task = asyncio.create_task(self._hit(target, self._chance.choice(KINDS)))
                 mending.add(task)
-                task.add_done_callback(mending.discard)
                 note(self._outcomes.num_faults.total())
             for task in [task for task in mending if task.done()]:
+                mending.discard(task)
                 task.result()
         await asyncio.gather(*mending)
 

@@ -220,7 +220,7 @@ class Simulation:
         worker.pool.release(running.lease)
         running.lease = worker.computing = None
         running.placed.end_prefill()
-        running.placed.handed_over(len(running.request.token_ids) - running.num_on_decode, HAND_OVER_MS / 1000)
+        running.placed.handed_over(len(running.request.token_ids) - running.num_on_decode, 0, HAND_OVER_MS / 1000)
         self._ttft_ms.append(self._now_ms - running.request.arrival_ms)
         self._compute_next(worker)
         decode.num_decoding += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,7 +48,10 @@ class RouterProcess:
         """Starts the router again whenever it dies, on the same ports; says so in one line. Runs until cancelled."""
         pause_s = _FIRST_PAUSE_S
         while True:
+            started_s = time.monotonic()
             await asyncio.shield(self.child.exited)
+            if time.monotonic() - started_s > _LONGEST_PAUSE_S:
+                pause_s = _FIRST_PAUSE_S
             note(f"{self.child.ending()}, starting it again; its log: {self.child.log}")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

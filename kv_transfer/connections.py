@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WELCOME_TIMEOUT_S = 5.0
+# A receiver pings twice a second. One that was not heard for so many ticks of this process's own clock hangs or is cut off;
+# a process that was stopped itself blames nobody.
+_TICK_S = 0.5
+_MAX_SILENT_TICKS = 5
 # How long the last words of a connection may take to leave.
 _CLOSE_TIMEOUT_S = 1.0
 # Between two tries to tell a receiver that writing has ended.
@@ -159,6 +163,7 @@ class RemoteConnection(_Connection):
         self._hello_numbers = hello_numbers
         self._faults = faults
         self._keys = keys
+        self._num_silent_ticks = 0
         # How the receiver stores KV, from its Welcome on; and over shared memory its cache itself.
         self._target_layout = memory.layout
         self._target: KVMemory | None = None
@@ -226,7 +231,7 @@ class RemoteConnection(_Connection):
                     group.create_task(self._watch(monitor))
                     await self._shake_hands(socket)
                     self.ready.set()
-                    for work in (self._read(socket), self._write(socket), self._renew()):
+                    for work in (self._read(socket), self._write(socket), self._renew(), self._listen_for_silence()):
                         group.create_task(work)
         except* TransferError as group_error:
             error = group_error.exceptions[0]
@@ -307,6 +312,7 @@ class RemoteConnection(_Connection):
     async def _read(self, socket: FrameSocket) -> None:
         while True:
             frame = await _receive(socket, self._peer)
+            self._num_silent_ticks = 0
             if frame.welcome.refusal:
                 raise TransferError(f"{self._peer}: {frame.welcome.refusal}")
             self._deliver(frame)
@@ -328,6 +334,13 @@ class RemoteConnection(_Connection):
                     await self._channel.send(part)
             self._has_outgoing.clear()
             self._has_none_outgoing.set()
+
+    async def _listen_for_silence(self) -> None:
+        """Raises TransferError when the receiver says nothing any more."""
+        while self._num_silent_ticks <= _MAX_SILENT_TICKS:
+            await asyncio.sleep(_TICK_S)
+            self._num_silent_ticks += 1
+        raise TransferError(f"{self._peer} said nothing for {_MAX_SILENT_TICKS * _TICK_S:g} s")
 
     async def _watch(self, monitor: AsyncSocket) -> None:
         """Raises TransferError when the connection is lost, or was never made."""

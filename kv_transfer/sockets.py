@@ -21,9 +21,12 @@ from segue.errors import ConfigError, TransferRefused
 
 logger = logging.getLogger(__name__)
 
-# A peer that says nothing for this long, though pinged, has lost its connection.
-_HEARTBEAT_INTERVAL_MS = 500
-_HEARTBEAT_TIMEOUT_MS = 2_000
+# A connection on which nothing was acknowledged for so long is lost. The kernel sees to that: it is about hosts and networks,
+# not about processes. ZeroMQ's own heartbeats end the process when a connection breaks while its input waits for the
+# application (an assertion in libzmq 4.3.5).
+_UNACKNOWLEDGED_MS = 2_500
+# On a connection that says nothing.
+_KEEPALIVE_S = 10
 # Of 4 MiB at most if they are pushes; when the queues are full the writer waits.
 _QUEUED_MESSAGES = 8
 _MAX_CONTROL_BYTES = 2**16
@@ -221,5 +224,6 @@ async def _log_refusals(monitor: AsyncSocket) -> None:
 
 def _set_common(socket: zmq.SyncSocket) -> None:
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_INTERVAL_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.TCP_MAXRT, _UNACKNOWLEDGED_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_S)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from router.caller import ANONYMOUS, Caller, CallerLimits
+from router.console.files import FILES
 from router.file_watch import follow, stamp_of
 from segue.api_keys import PERMISSIONS, ApiKey, Permission, find_key, read_keys
 from segue.cluster_secret import ClusterSecret, cache_salt
@@ -22,13 +23,22 @@ _ANY: Needs = frozenset(PERMISSIONS)
 _INFER: Needs = frozenset({"infer"})
 _OBSERVE: Needs = frozenset({"observe"})
 _OPERATE: Needs = frozenset({"operate"})
+_WATCH: Needs = _OBSERVE | _OPERATE
 
 # Health is for load balancers and kubelets, which have no key. Metrics tell how much others use the cluster.
-_HTTP_PATHS: dict[str, Needs] = {"/health": _OPEN, "/ready": _OPEN, "/metrics": _OBSERVE}
+# The console's files hold nothing; what it shows tells about the requests of others.
+_HTTP_PATHS: dict[str, Needs] = {
+    "/health": _OPEN,
+    "/ready": _OPEN,
+    "/metrics": _OBSERVE,
+    "/console/state": _WATCH,
+    **dict.fromkeys(FILES, _OPEN),
+}
 # By rpc, or by service. Clients wait for a cluster by its status.
 _GRPC_METHODS: dict[str, Needs] = {
     "/segue.v1.InferenceService/GetClusterStatus": _ANY,
     "/segue.v1.InferenceService": _INFER,
+    "/segue.v1.OperatorService/GetOverview": _WATCH,
     "/grpc.health.v1.Health": _OPEN,
     # Tells what the public .proto files say.
     "/grpc.reflection.v1alpha.ServerReflection": _OPEN,

@@ -102,8 +102,8 @@ class Admission:
         return ahead * (self._pace.ratio or self._seconds_per_token())
 
     def _seconds_per_token(self) -> float:
-        rows = self._fleet.rows
-        rates = 1 / prefill_ms_per_token(rows)[rows["available"] & rows["prefills"]]
+        columns = self._fleet.columns
+        rates = 1 / prefill_ms_per_token(columns)[columns["available"] & columns["prefills"]]
         return float(1 / (1000 * rates.sum())) if rates.size else 0.0
 
     def _refuse_if_hopeless(self, request: SequenceRequest, deadline_s: float) -> None:
@@ -145,9 +145,9 @@ class Admission:
 
     def _has_room(self) -> bool:
         """Whether some worker of each role can begin with more soon. Without any worker there is nothing to wait for here."""
-        rows = self._fleet.rows
-        prefills, decodes = rows["available"] & rows["prefills"], rows["available"] & rows["decodes"]
+        columns = self._fleet.columns
+        prefills, decodes = columns["available"] & columns["prefills"], columns["available"] & columns["decodes"]
         if not prefills.any() or not decodes.any():
             return True
-        ahead_ms = rows["queued_tokens"] * prefill_ms_per_token(rows)
-        return bool(np.any(prefills & (ahead_ms < _AHEAD_MS)) and np.any(decodes & (rows["unreserved"] < _MAX_UNRESERVED)))
+        ahead_ms = columns["queued_tokens"] * prefill_ms_per_token(columns)
+        return bool(np.any(prefills & (ahead_ms < _AHEAD_MS)) and np.any(decodes & (columns["unreserved"] < _MAX_UNRESERVED)))

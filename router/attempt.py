@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from router.placement import Placed
 from router.sequence import SequencePath, SequenceRequest, TokenStep
@@ -16,7 +16,8 @@ from segue.wire import finish_reason_from_pb, sampling_to_pb, token_from_pb
 
 
 class Attempt:
-    """`token_ids` are the prompt and what was generated of the answer in earlier attempts."""
+    """`token_ids` are the prompt and what was generated of the answer in earlier attempts; `deadline_s` is on the loop's
+    clock."""
 
     def __init__(
         self,
@@ -24,6 +25,7 @@ class Attempt:
         token_ids: tuple[int, ...],
         placed: Placed,
         path: SequencePath,
+        deadline_s: float,
     ) -> None:
         self._request = request
         self._token_ids = token_ids
@@ -31,6 +33,7 @@ class Attempt:
         self._prefill = placed.prefill
         self._decode = placed.decode
         self._path = path
+        self._deadline_s = deadline_s
         self._key = worker_pb2.SequenceKey(sequence_id=request.sequence_id, attempt=path.attempts)
         self._events: asyncio.Queue[LineEvent] = asyncio.Queue()
         # The workers' links are two streams: decode tokens may overtake the first token, and wait for it here.
@@ -42,13 +45,15 @@ class Attempt:
 
     @contextmanager
     def lines(self) -> Iterator[None]:
-        """Hears both workers until the block ends; what they still have of the sequence is cancelled then."""
-        with self._prefill.line(self._key, self._events):
+        """Hears both workers and the deadline until the block ends; what is left of the sequence there is cancelled then."""
+        late = LineEvent(self._decode, DeadlineExceeded("the request was not finished within the time allowed"))
+        with ExitStack() as stack:
+            # One timer for all events, not one for each.
+            stack.callback(asyncio.get_running_loop().call_at(self._deadline_s, self._events.put_nowait, late).cancel)
+            stack.enter_context(self._prefill.line(self._key, self._events))
             if self._hands_over and self._decode is not self._prefill:
-                with self._decode.line(self._key, self._events):
-                    yield
-            else:
-                yield
+                stack.enter_context(self._decode.line(self._key, self._events))
+            yield
 
     def dispatch(self) -> None:
         """Starts both legs at once."""
@@ -83,17 +88,10 @@ class Attempt:
         )
         self._prefill.send(worker_pb2.LinkRequest(start_prefill=start))
 
-    async def next_steps(self, deadline_s: float) -> list[TokenStep]:
+    async def next_steps(self) -> list[TokenStep]:
         """Waits for a worker to say something; gives the steps that can go to the client now, often none. Raises the error
-        that ends the attempt, and DeadlineExceeded when `deadline_s`, on the loop's clock, has passed."""
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                event = await self._events.get()
-        except TimeoutError:
-            raise DeadlineExceeded("the request was not finished within the time allowed") from None
-        return self._hear(event)
-
-    def _hear(self, event: LineEvent) -> list[TokenStep]:
+        that ends the attempt: DeadlineExceeded when the time allowed is over."""
+        event = await self._events.get()
         said = event.said
         if isinstance(said, SegueError):
             if self._decode_has_it and event.link is not self._decode:
@@ -139,7 +137,8 @@ class Attempt:
         self._path.transport = started.transport
         self._decode_has_it = True
         now_s = asyncio.get_running_loop().time()
-        self._placed.handed_over(len(self._token_ids) - started.cached_tokens, now_s - (self._first_token_s or now_s))
+        num_sent = len(self._token_ids) - started.cached_tokens
+        self._placed.handed_over(num_sent, started.transferred_bytes, now_s - (self._first_token_s or now_s))
         self._enter_decoding()
 
     def _enter_decoding(self) -> None:

@@ -80,11 +80,11 @@ class Coordinator:
                 while not path.lifecycle.is_over:
                     placed = await self._place(serving)
                     try:
-                        attempt = Attempt(request, tuple(serving.token_ids), placed, path)
+                        attempt = Attempt(request, tuple(serving.token_ids), placed, path, serving.deadline_s)
                         with placed, attempt.lines():
                             attempt.dispatch()
                             while not path.lifecycle.is_over:
-                                for step in await attempt.next_steps(serving.deadline_s):
+                                for step in await attempt.next_steps():
                                     serving.token_ids += [token.token_id for token in step.tokens]
                                     slot.generated(len(step.tokens))
                                     yield step
@@ -152,6 +152,8 @@ class Coordinator:
                 )
                 for router in self._workers.routers
             ],
+            waiting_requests=self._admission.num_waiting,
+            transfers=self._placement.transfers.to_pb(),
         )
 
     def missing_roles(self) -> list[str]:

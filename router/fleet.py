@@ -7,8 +7,8 @@ of them by itself, and computes with whole columns.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, Protocol, get_type_hints
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from segue.v1 import worker_pb2
 
 
 class WorkerFacts(NamedTuple):
-    """One worker now. The fields are the columns of `Fleet.rows`, in this order."""
+    """One worker now. The fields are the columns of `Fleet.columns`, in this order."""
 
     # It takes new sequences.
     available: bool
@@ -49,9 +49,10 @@ class WorkerFacts(NamedTuple):
     decode_ms_per_sequence: float = 0.0
 
 
-Rows = NDArray[np.void]
+# By the name of the fact: [rows].
+Columns = Mapping[str, NDArray[Any]]
 _COLUMN_TYPES: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
-_ROW = np.dtype([(name, _COLUMN_TYPES[kind]) for name, kind in get_type_hints(WorkerFacts).items()], align=True)
+_FIRST_SIZE = 16
 
 
 class Member(Protocol):
@@ -63,9 +64,11 @@ class Member(Protocol):
 class Fleet:
     def __init__(self) -> None:
         # One for each member, and some that are not available because nobody has them.
-        self.rows: Rows = np.zeros(16, _ROW)
+        self.columns: Columns = {
+            name: np.zeros(_FIRST_SIZE, _COLUMN_TYPES[kind]) for name, kind in get_type_hints(WorkerFacts).items()
+        }
         # By row; None: the row is free.
-        self._members: list[Member | None] = [None] * 16
+        self._members: list[Member | None] = [None] * _FIRST_SIZE
         self._numbers: dict[str, int] = {"": 0}
         # How many members have each. They stay as they are for as long as a member is here.
         self._num_of_layout: Counter[int] = Counter()
@@ -79,7 +82,7 @@ class Fleet:
     def join(self, member: Member) -> int:
         """Gives the member's row, its own until it leaves."""
         if None not in self._members:
-            self.rows = np.concatenate([self.rows, np.zeros(len(self.rows), _ROW)])
+            self.columns = {name: np.append(column, np.zeros_like(column)) for name, column in self.columns.items()}
             self._members += [None] * len(self._members)
         row = self._members.index(None)
         self._members[row] = member
@@ -91,7 +94,8 @@ class Fleet:
     def leave(self, row: int) -> None:
         self._count(self.member(row), -1)
         self._members[row] = None
-        self.rows[row] = np.zeros((), _ROW)
+        for column in self.columns.values():
+            column[row] = 0
         self._index.forget(row)
 
     def _count(self, member: Member, change: int) -> None:
@@ -108,7 +112,8 @@ class Fleet:
 
     def changed(self, row: int) -> None:
         """The member's facts are not what they were."""
-        self.rows[row] = self.member(row).facts()
+        for column, fact in zip(self.columns.values(), self.member(row).facts(), strict=True):
+            column[row] = fact
         self.on_change()
 
     def number(self, name: str) -> int:
@@ -136,7 +141,7 @@ class Fleet:
 
     def cached_tokens(self, token_ids: Sequence[int], salt: bytes) -> NDArray[np.int64]:
         """By row: how many leading tokens have their KV in the worker's prefix cache."""
-        cached = np.zeros(len(self.rows), np.int64)
+        cached = np.zeros(len(self._members), np.int64)
         if self._index.is_empty:
             return cached
         for block_size in self._num_of_block_size:

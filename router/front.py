@@ -128,7 +128,7 @@ class Front:
         options = server_options(settings.max_body, settings.max_connections, shares_port=settings.shares_ports)
         server = grpc.aio.server(interceptors=[Authentication(self._access)], options=options)
         add_services(server, self._service)
-        add_operator_service(server, self.records, self._operator)
+        add_operator_service(server, self._service, self._operator)
         add_reflection(server, OPERATOR_SERVICE_NAME)
         host, port = settings.host, settings.grpc_port
         try:

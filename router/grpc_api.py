@@ -177,8 +177,7 @@ class InferenceServicer:
         )
 
     async def _send(self, context: _Context, response: pb.GenerateResponse) -> None:
-        async with self._service.client_reads():
-            await context.write(response.SerializeToString())
+        await self._service.read_by_client(context.write(response.SerializeToString()))
 
 
 def _deadline_s(context: _Context) -> float | None:

@@ -12,6 +12,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
+from router.recent import RecentLatency
 from router.sequence import SequenceServer
 from segue.errors import RequestCancelled, SegueError
 from segue.lifecycle import Phase
@@ -52,6 +53,7 @@ class Metrics:
         )
         self.transferred = Counter("segue_transferred_bytes", "KV bytes handed over", registry=registry)
         registry.register(_WorkerCollector(server))
+        self.recent_ttft, self.recent_inter_token = RecentLatency(clock), RecentLatency(clock)
 
     @contextmanager
     def track(self, api: str) -> Iterator[RequestMeter]:
@@ -104,11 +106,14 @@ class RequestMeter:
         key = (prompt, output.choice)
         if not self._last_s:
             self._ttft.observe(now_s - self.started_s)
+            metrics.recent_ttft.add(now_s - self.started_s)
         if (last_s := self._last_s.get(key)) is not None:
             # The first token comes from prefill: only those after it show that decode works.
             metrics.last_decoded_s = now_s
+            each_s = (now_s - last_s) / len(output.tokens)
+            metrics.recent_inter_token.add(each_s, len(output.tokens))
             for _ in output.tokens:
-                self._inter_token.observe((now_s - last_s) / len(output.tokens))
+                self._inter_token.observe(each_s)
         self._last_s[key] = now_s
 
     def _see_done(self, done: GenerationDone) -> None:

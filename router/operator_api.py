@@ -7,7 +7,8 @@ import grpc.aio
 
 from router.grpc_api import parse, unary
 from router.operations import DEFAULT_GRACE_S, Operator
-from router.records import Records
+from router.overview import look
+from router.service import Service
 from segue.errors import InvalidRequest
 from segue.v1 import operator_pb2 as pb
 from segue.v1 import worker_pb2
@@ -15,10 +16,11 @@ from segue.v1 import worker_pb2
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["OperatorService"].full_name
 
 
-def add_operator_service(server: grpc.aio.Server, records: Records, operator: Operator) -> None:
-    servicer = OperatorServicer(records, operator)
+def add_operator_service(server: grpc.aio.Server, service: Service, operator: Operator) -> None:
+    servicer = OperatorServicer(service, operator)
     methods = {
         "Explain": servicer.explain,
+        "GetOverview": servicer.get_overview,
         "DrainWorker": servicer.drain_worker,
         "RestartWorker": servicer.restart_worker,
         "SetWorkerRole": servicer.set_worker_role,
@@ -33,8 +35,9 @@ def add_operator_service(server: grpc.aio.Server, records: Records, operator: Op
 class OperatorServicer:
     """One method for each rpc; requests and responses are serialized messages."""
 
-    def __init__(self, records: Records, operator: Operator) -> None:
-        self._records = records
+    def __init__(self, service: Service, operator: Operator) -> None:
+        self._service = service
+        self._records = service.records
         self._operator = operator
 
     async def explain(self, data: bytes) -> bytes:
@@ -48,6 +51,9 @@ class OperatorServicer:
         if record is None:
             raise InvalidRequest("request_id", missing)
         return pb.ExplainResponse(record=record).SerializeToString()
+
+    async def get_overview(self, data: bytes) -> bytes:
+        return look(self._service, parse(pb.GetOverviewRequest, data)).SerializeToString()
 
     async def drain_worker(self, data: bytes) -> bytes:
         request = parse(pb.DrainWorkerRequest, data)

@@ -14,8 +14,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from router.fleet import Rows
+from router.fleet import Columns
 from router.policies import COLOCATED, DISAGGREGATED, POLICIES, Choice, Mask, Situation
+from router.recent import RecentTransfers
 from router.workers import WorkerLink, Workers
 from segue.errors import ConfigError, InvalidRequest, NoWorker
 from segue.trend import Trend
@@ -75,10 +76,11 @@ class Placed:
             self._is_reserved = True
             self.decode.charge(unreserved=-1)
 
-    def handed_over(self, num_tokens: int, seconds: float) -> None:
+    def handed_over(self, num_tokens: int, num_bytes: int, seconds: float) -> None:
         """Decode holds the KV cache, of which so many tokens were sent, so long after the first token."""
         if self.prefill is not self.decode:
             self._placement.learn_hand_over(self.prefill, self.decode, num_tokens, seconds)
+            self._placement.transfers.add(self.prefill.record.worker_id, self.decode.record.worker_id, num_bytes)
 
 
 class Placement:
@@ -96,13 +98,14 @@ class Placement:
         self._expected_tokens = _FIRST_EXPECTED_TOKENS
         # Milliseconds by tokens sent, within a host and between two.
         self._near, self._far = Trend(), Trend()
+        self.transfers = RecentTransfers()
 
     def place(self, wanted: Wanted) -> Placed:
         """Raises NoWorker when a role is missing or no two workers fit together, InvalidRequest when it is too long."""
-        rows = self._workers.fleet.rows
+        columns = self._workers.fleet.columns
         cached = self._workers.fleet.cached_tokens(wanted.token_ids, wanted.cache_salt)
         self._turn += 1
-        choices = [self._policy(situation) for situation in self._situations(rows, cached, wanted)]
+        choices = [self._policy(situation) for situation in self._situations(columns, cached, wanted)]
         if not choices:
             raise InvalidRequest("max_tokens", "prompt and output exceed the KV memory of every worker")
         first = self._turn % len(choices)
@@ -111,7 +114,7 @@ class Placement:
         if choice.reason != COLOCATED:
             self._is_split = choice.reason == DISAGGREGATED
         num_tokens, decode = len(wanted.token_ids), self._link(choice.decode)
-        num_known = int(max(cached[choice.prefill], cached[choice.decode] if rows["pulls_kv"][choice.prefill] else 0))
+        num_known = int(max(cached[choice.prefill], cached[choice.decode] if columns["pulls_kv"][choice.prefill] else 0))
         return Placed(
             self._link(choice.prefill),
             decode,
@@ -121,17 +124,17 @@ class Placement:
             num_blocks=(num_tokens - int(cached[choice.decode])) // decode.record.block_size + 1,
         )
 
-    def _situations(self, rows: Rows, cached: NDArray[np.int64], wanted: Wanted) -> Iterator[Situation]:
+    def _situations(self, columns: Columns, cached: NDArray[np.int64], wanted: Wanted) -> Iterator[Situation]:
         """One for each KV layout that has workers for the sequence. Raises NoWorker."""
         num_tokens, draw = len(wanted.token_ids), self._random.random()
-        prefills, decodes = rows["available"] & rows["prefills"], rows["available"] & rows["decodes"]
-        of_layouts = [rows["layout"] == layout for layout in self._workers.fleet.layouts]
+        prefills, decodes = columns["available"] & columns["prefills"], columns["available"] & columns["decodes"]
+        of_layouts = [columns["layout"] == layout for layout in self._workers.fleet.layouts]
         paired = [here for here in of_layouts if (prefills & here).any() and (decodes & here).any()]
         if not paired:
             raise _no_worker(prefills, decodes)
-        trusted = self._trusted(rows, wanted.suspects)
-        roomy_for_prompt = rows["capacity_tokens"] >= num_tokens
-        roomy_for_all = rows["capacity_tokens"] >= num_tokens + wanted.max_tokens
+        trusted = self._trusted(wanted.suspects)
+        roomy_for_prompt = columns["capacity_tokens"] >= num_tokens
+        roomy_for_all = columns["capacity_tokens"] >= num_tokens + wanted.max_tokens
         (near_ms, near_ms_per_token), (far_ms, far_ms_per_token) = self._near.line(), self._far.line()
         for here in paired:
             senders = _preferred(prefills & here & roomy_for_prompt, trusted)
@@ -139,7 +142,7 @@ class Placement:
             # A colocated worker pairs with itself only.
             if (senders & receivers).any() or ((senders & ~decodes).any() and receivers.any()):
                 yield Situation(
-                    rows=rows,
+                    columns=columns,
                     prefills=senders & (receivers | ~decodes),
                     decodes=receivers,
                     roomy=roomy_for_all,
@@ -149,17 +152,17 @@ class Placement:
                     hand_over_ms=min((ms for ms in (near_ms, far_ms) if ms > 0), default=0.0),
                     near_ms_per_token=near_ms_per_token,
                     far_ms_per_token=max(far_ms_per_token, near_ms_per_token),
-                    may_join=self._may_join and _compute_alike(rows, here),
+                    may_join=self._may_join and _compute_alike(columns, here),
                     turn=self._turn,
                     draw=draw,
                     is_split=self._is_split,
                 )
 
-    def _trusted(self, rows: Rows, suspects: Set[str]) -> Mask | None:
+    def _trusted(self, suspects: Set[str]) -> Mask | None:
         """None when all are."""
         if not suspects:
             return None
-        trusted = np.ones(len(rows), np.bool_)
+        trusted = np.ones_like(self._workers.fleet.columns["available"])
         trusted[[link.row for link in self._workers.available() if link.record.worker_id in suspects]] = False
         return trusted
 
@@ -192,8 +195,8 @@ def _preferred(candidates: Mask, trusted: Mask | None) -> Mask:
     return preferred if preferred.any() else candidates
 
 
-def _compute_alike(rows: Rows, here: Mask) -> bool:
+def _compute_alike(columns: Columns, here: Mask) -> bool:
     """Whether it does not matter, bit for bit, which of the available workers computes a prompt. 0 stands for formats that a
     worker did not tell."""
-    formats = rows["formats"][here & rows["available"]]
+    formats = columns["formats"][here & columns["available"]]
     return bool(formats[0] != 0 and (formats == formats[0]).all())

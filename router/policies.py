@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from router.fleet import Rows
+from router.fleet import Columns
 
 Mask = NDArray[np.bool_]
 Milliseconds = NDArray[np.float64]
@@ -41,7 +41,7 @@ DECODE_FULL = "decode_full"
 class Situation:
     """One sequence and the workers of one layout that could serve it. The properties are the terms of its cost, by row."""
 
-    rows: Rows
+    columns: Columns
     # Candidates for either side; those in both are colocated workers, which pair with themselves.
     prefills: Mask
     decodes: Mask
@@ -77,13 +77,13 @@ class Situation:
 
     @cached_property
     def queue_ms(self) -> Milliseconds:
-        ahead: Milliseconds = self.rows["queued_tokens"] * self.prefill_ms_per_token
+        ahead: Milliseconds = self.columns["queued_tokens"] * self.prefill_ms_per_token
         return ahead
 
     def fetched_tokens(self, num_on_decode: int) -> NDArray[np.int64]:
         """Whose KV need not be computed, should the decode worker have that of so many."""
         num_fetchable = min(num_on_decode, self.num_tokens - 1)
-        return np.where(self.rows["pulls_kv"], np.maximum(num_fetchable - self.cached, 0), 0)
+        return np.where(self.columns["pulls_kv"], np.maximum(num_fetchable - self.cached, 0), 0)
 
     @cached_property
     def moved_tokens(self) -> NDArray[np.int64]:
@@ -93,10 +93,10 @@ class Situation:
     @cached_property
     def decode_ms(self) -> Milliseconds:
         """Of all steps, and of what this sequence adds to the steps of those that run already; and waiting for memory."""
-        rows = self.rows
-        per_step = _measured(rows, "decode_ms_per_step", DEFAULT_DECODE_MS_PER_STEP)
-        per_sequence = _measured(rows, "decode_ms_per_sequence", DEFAULT_DECODE_MS_PER_SEQUENCE)
-        running = rows["sequences"]
+        columns = self.columns
+        per_step = _measured(columns, "decode_ms_per_step", DEFAULT_DECODE_MS_PER_STEP)
+        per_sequence = _measured(columns, "decode_ms_per_sequence", DEFAULT_DECODE_MS_PER_SEQUENCE)
+        running = columns["sequences"]
         own = per_step + per_sequence * (running + 1)
         # Others have to end first, which takes as long as they take.
         total: Milliseconds = self.expected_tokens * (own * (1 + self.lacks_memory) + per_sequence * running)
@@ -105,23 +105,23 @@ class Situation:
     @cached_property
     def lacks_memory(self) -> Mask:
         """Where the prompt does not fit into what is not leased now."""
-        lacks: Mask = self.moved_tokens >= self.rows["available_blocks"] * self.rows["block_size"]
+        lacks: Mask = self.moved_tokens >= self.columns["available_blocks"] * self.columns["block_size"]
         return lacks
 
     @cached_property
     def prefill_ms_per_token(self) -> Milliseconds:
-        return prefill_ms_per_token(self.rows)
+        return prefill_ms_per_token(self.columns)
 
 
-def prefill_ms_per_token(rows: Rows) -> Milliseconds:
-    return _measured(rows, "prefill_ms_per_token", DEFAULT_PREFILL_MS_PER_TOKEN)
+def prefill_ms_per_token(columns: Columns) -> Milliseconds:
+    return _measured(columns, "prefill_ms_per_token", DEFAULT_PREFILL_MS_PER_TOKEN)
 
 
-def _measured(rows: Rows, name: str, default: float) -> Milliseconds:
+def _measured(columns: Columns, name: str, default: float) -> Milliseconds:
     """A worker that has measured nothing is taken to be like the others; nothing is said of rows that nobody has."""
-    column: Milliseconds = rows[name]
+    column: Milliseconds = columns[name]
     num_known = np.count_nonzero(column)
-    if num_known == np.count_nonzero(rows["block_size"]):
+    if num_known == np.count_nonzero(columns["block_size"]):
         return column
     return np.where(column, column, column.sum() / num_known if num_known else default)
 
@@ -151,13 +151,13 @@ def cost(situation: Situation) -> Choice:
 
 def least_loaded(situation: Situation) -> Choice:
     """The prefill worker with the fewest tokens ahead, the decode worker with the fewest sequences, then most free memory."""
-    rows = situation.rows
-    queued = np.where(situation.prefills, rows["queued_tokens"], np.iinfo(np.int64).max)
+    columns = situation.columns
+    queued = np.where(situation.prefills, columns["queued_tokens"], np.iinfo(np.int64).max)
     prefill = int(np.argmin(queued))
     if situation.decodes[prefill]:
         return Choice(prefill, prefill, COLOCATED)
     decodes = np.flatnonzero(situation.decodes)
-    order = np.lexsort((-rows["available_blocks"][decodes], rows["sequences"][decodes]))
+    order = np.lexsort((-columns["available_blocks"][decodes], columns["sequences"][decodes]))
     return Choice(prefill, int(decodes[order[0]]), DISAGGREGATED)
 
 
@@ -195,7 +195,7 @@ def _best_split(situation: Situation) -> Choice | None:
         return None
     first_ms = np.where(senders, situation.first_token_ms + situation.hand_over_ms, np.inf)
     best = _best_pair(situation, first_ms, first_ms, situation.decodes)
-    fetching = senders & situation.rows["pulls_kv"]
+    fetching = senders & situation.columns["pulls_kv"]
     knowing = situation.decodes & (situation.cached > np.where(fetching, situation.cached, situation.num_tokens).min())
     decodes = np.flatnonzero(knowing)
     known = situation.cached[decodes]
@@ -231,7 +231,7 @@ def _best_pair(situation: Situation, near_first_ms: Milliseconds, far_first_ms: 
     far_second_ms = decode_ms + situation.moved_tokens * situation.far_ms_per_token
     prefill, decode = int(np.argmin(far_first_ms)), int(np.argmin(far_second_ms))
     cost_ms = float(far_first_ms[prefill] + far_second_ms[decode])
-    hosts = situation.rows["host"]
+    hosts = situation.columns["host"]
     num_hosts = int(hosts.max()) + 1
     first_of_host, second_of_host = np.full(num_hosts, np.inf), np.full(num_hosts, np.inf)
     np.minimum.at(first_of_host, hosts, near_first_ms)
@@ -249,19 +249,19 @@ def _best_pair(situation: Situation, near_first_ms: Milliseconds, far_first_ms: 
 def _best_joined(situation: Situation) -> Choice | None:
     """Both phases on one worker: a colocated one; a decode worker, if the prompt is short, and its sequences wait; or, when no
     decode worker has memory, a prefill worker that has nothing else to do."""
-    rows = situation.rows
+    columns = situation.columns
     colocated = situation.prefills & situation.decodes
     candidates = colocated
     decode_is_full = False
     if situation.may_join:
         decode_is_full = bool(np.all(situation.lacks_memory[situation.decodes]))
         if decode_is_full:
-            candidates = candidates | (situation.prefills & situation.roomy & (rows["queued_tokens"] == 0))
+            candidates = candidates | (situation.prefills & situation.roomy & (columns["queued_tokens"] == 0))
         else:
             candidates = candidates | (situation.decodes & (situation.prompt_ms <= MAX_STALL_MS))
     if not candidates.any():
         return None
-    total = situation.first_token_ms + rows["sequences"] * situation.prompt_ms + situation.decode_ms
+    total = situation.first_token_ms + columns["sequences"] * situation.prompt_ms + situation.decode_ms
     row = int(np.argmin(np.where(candidates, total, np.inf)))
     if colocated[row]:
         reason = COLOCATED

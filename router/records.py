@@ -35,10 +35,13 @@ class RequestRecord:
         self._num_prompt_tokens = num_prompt_tokens
         self._arrived_unix_s = arrived_unix_s
         self._done: list[GenerationDone] = []
+        self._num_outputs_seen = 0
 
     def see(self, event: GenerationEvent) -> None:
         if isinstance(event, GenerationDone):
             self._done.append(event)
+        else:
+            self._num_outputs_seen += len(event.tokens)
 
     @property
     def first_path(self) -> SequencePath | None:
@@ -58,7 +61,8 @@ class RequestRecord:
             outcome=failure.code if failure is not None else ending,
             error=failure.message if failure is not None else "",
             num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=sum(done.num_output_tokens for done in self._done),
+            # At the end also what a stream that broke had before.
+            num_output_tokens=max(sum(done.num_output_tokens for done in self._done), self._num_outputs_seen),
             paths=[path.to_pb(begun_s) for path in islice(self.paths.values(), MAX_PATHS)],
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from router.caller import ANONYMOUS, Caller
@@ -90,12 +90,11 @@ class Service:
         events = generate(self.server, self.tokenizer, spec, record.paths)
         return events if self.quotas is None else _within_quota(self.quotas, spec, events)
 
-    @asynccontextmanager
-    async def client_reads(self) -> AsyncIterator[None]:
-        """Around one write to a client. Raises RequestCancelled when the client leaves it unread for too long."""
+    async def read_by_client(self, write: Awaitable[object]) -> None:
+        """Awaits one write to a client. Raises RequestCancelled when the client leaves it unread for too long."""
         try:
             async with asyncio.timeout(self.stall_limit_s):
-                yield
+                await write
         except TimeoutError:
             raise RequestCancelled(f"the client read nothing for {self.stall_limit_s:g} s") from None
 

@@ -19,6 +19,7 @@ from deploy.cli.restart import restart
 from deploy.cli.role import role
 from deploy.cli.scale import scale
 from deploy.cli.status import status
+from deploy.cli.top import top
 from deploy.cli.up import up
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ app.command()(up)
 app.command()(generate)
 app.command()(chat)
 app.command()(status)
+app.command()(top)
 app.command()(explain)
 app.command()(drain)
 app.command()(restart)

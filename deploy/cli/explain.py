@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -13,27 +12,17 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from deploy.cli.session import AddressOption, connected
+from router.waterfall import Span, failures_of, spans_of
 from segue.client import Client
 from segue.client.channel import DEFAULT_ADDRESS
 from segue.errors import RequestError, SegueError
-from segue.v1.inference_pb2 import Attempt, RequestPath
+from segue.v1.inference_pb2 import RequestPath
 from segue.v1.operator_pb2 import RequestRecord
 
 _PIPED_WIDTH = 120
 _TIME_WIDTH = len("1,000,000.0 ms")
 _SHORTEST_BAR = 10
-_COLOURS = {"queue": "yellow", "reserve": "magenta", "prefill": "blue", "transfer": "cyan", "decode": "green"}
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Seconds from the request's start. Up to `split_s` it is drawn light: a prompt that waits, a transfer that is hidden."""
-
-    name: str
-    start_s: float
-    end_s: float
-    split_s: float
-    note: str = ""
+STAGE_COLOURS = {"queue": "yellow", "reserve": "magenta", "prefill": "blue", "transfer": "cyan", "decode": "green"}
 
 
 def explain(
@@ -113,33 +102,6 @@ def describe(path: RequestPath) -> str:
     return f"{way} ({path.placement or 'not placed'}), {path.transferred_bytes / 2**20:.1f} MiB; cached tokens: {found}"
 
 
-def spans_of(path: RequestPath) -> Iterator[Span]:
-    """What has not come to pass has none."""
-    for number, attempt in enumerate(path.timeline, start=1):
-        begin_s = path.start_s + attempt.start_s
-        prefix = f"{number}. " if len(path.timeline) > 1 else ""
-        for span in _attempt_spans(attempt, begin_s):
-            if span.end_s > span.start_s:
-                yield Span(prefix + span.name, span.start_s, span.end_s, span.split_s, span.note)
-
-
-def _attempt_spans(attempt: Attempt, begin_s: float) -> Iterator[Span]:
-    sent_s = begin_s + attempt.queue_s
-    first_s = sent_s + attempt.prefill_s
-    held_s = first_s + attempt.transfer_exposed_s
-    yield Span("queue", begin_s, sent_s, begin_s)
-    yield Span("reserve", sent_s, sent_s + attempt.reserve_s, sent_s, attempt.decode_worker)
-    yield Span("prefill", sent_s, first_s, sent_s + attempt.prefill_queue_s, attempt.prefill_worker)
-    yield Span("transfer", first_s - attempt.transfer_hidden_s, held_s, first_s)
-    yield Span("decode", held_s, held_s + attempt.decode_s, held_s, attempt.decode_worker)
-
-
-def failures_of(path: RequestPath) -> Iterator[str]:
-    for number, attempt in enumerate(path.timeline, start=1):
-        if attempt.error_code:
-            yield f"attempt {number} failed: {attempt.error_code}: {attempt.error}"
-
-
 def waterfall(spans: Sequence[Span], total_s: float, width: int) -> Iterator[Text]:
     """A line of `width` columns for each span."""
     names = max((len(span.name) for span in spans), default=0)
@@ -148,7 +110,7 @@ def waterfall(spans: Sequence[Span], total_s: float, width: int) -> Iterator[Tex
     for span in spans:
         took = f"{1000 * (span.end_s - span.start_s):,.1f} ms".rjust(_TIME_WIDTH)
         bar = bar_of(span, total_s, bars).ljust(bars)
-        colour = _COLOURS[span.name.rpartition(" ")[2]]
+        colour = STAGE_COLOURS[span.name.rpartition(" ")[2]]
         yield Text.assemble(span.name.ljust(names), " ", (bar, colour), " ", took, " ", (span.note, "dim"))
 
 

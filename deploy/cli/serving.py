@@ -66,12 +66,14 @@ async def _show_sample(cluster: Cluster, settings: ClusterSettings, console: Con
 
 
 def _show_ways_in(cluster: Cluster, settings: ClusterSettings, took_s: float, console: Console) -> None:
-    url = f"{'http' if settings.tls_cert is None else 'https'}://{cluster.http}/v1"
+    site = f"{'http' if settings.tls_cert is None else 'https'}://{cluster.http}"
+    url = f"{site}/v1"
     key = "" if settings.api_keys_file is None else ' -H "Authorization: Bearer $SEGUE_API_KEY"'
     body = json.dumps({"model": cluster.model.name, "messages": [{"role": "user", "content": "Say hello."}]})
     lines = (
         f"serving {cluster.model.name} after {took_s:.1f} s: {url}, gRPC {own_grpc(cluster.grpc, settings)}",
         f"curl {url}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        f"console: {site}/console, or: segue top",
         *_cautions(settings),
         f"logs in {cluster.logs}",
         "Ctrl-C stops",

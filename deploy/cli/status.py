@@ -44,18 +44,18 @@ def status(
         elif watch:
             _watch(client, first, interval_s)
         else:
-            console = _console()
-            console.print(render(first, wide=_is_wide(console)))
+            console = table_console()
+            console.print(render(first, wide=is_wide(console.width)))
 
 
-def _console() -> Console:
+def table_console() -> Console:
     console = Console(highlight=False)
     # No terminal, no width: a table that is piped on keeps one line for each worker.
     return console if console.is_terminal else Console(highlight=False, width=_PIPED_WIDTH)
 
 
-def _is_wide(console: Console) -> bool:
-    return console.width >= _WIDE_TERMINAL
+def is_wide(width: int) -> bool:
+    return width >= _WIDE_TERMINAL
 
 
 def _print_json(client: Client, first: ClusterStatus, *, watch: bool, interval_s: float) -> None:
@@ -68,12 +68,12 @@ def _print_json(client: Client, first: ClusterStatus, *, watch: bool, interval_s
 
 def _watch(client: Client, first: ClusterStatus, interval_s: float) -> None:
     """A cluster that goes away is said to be away, and shown again when it is back."""
-    console = _console()
-    shown = render(first, wide=_is_wide(console))
+    console = table_console()
+    shown = render(first, wide=is_wide(console.width))
     with suppress(KeyboardInterrupt), Live(shown, console=console, auto_refresh=False) as live:
         while True:
             time.sleep(interval_s)
-            live.update(_look(client, wide=_is_wide(console)), refresh=True)
+            live.update(_look(client, wide=is_wide(console.width)), refresh=True)
 
 
 def _look(client: Client, *, wide: bool) -> RenderableType:

@@ -53,6 +53,7 @@ def describe() -> dict[str, Any]:
         "/health": {"get": _reading("Whether the router runs")},
         "/ready": {"get": _reading("Whether a request would be served", failures=("503",))},
         "/metrics": {"get": _reading("Metrics for Prometheus", media="text/plain")},
+        "/console/state": {"get": _reading("What the web console shows, which is at /console")},
         "/openapi.json": {"get": _reading("This description")},
     }
     return {

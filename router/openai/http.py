@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from router.access import Access
 from router.caller import CURRENT_CALLER
+from router.console.routes import console_routes
 from router.http_server import read_body_in_time
 from router.merge import merge
 from router.metrics import RequestMeter
@@ -65,6 +66,7 @@ def build_application(service: Service, access: Access) -> web.Application:
             web.get("/ready", handlers.ready),
             web.get("/metrics", handlers.metrics),
             web.get("/openapi.json", handlers.describe),
+            *console_routes(service),
         ]
     )
     return application

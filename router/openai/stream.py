@@ -61,11 +61,10 @@ async def _chunks(answer: Answer, events: NumberedEvents, ids: EventIds) -> Asyn
 async def _send(service: Service, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
     """Raises RequestCancelled when the client is gone, or reads nothing for too long; its connection is cut then."""
     try:
-        async with service.client_reads():
-            if not response.prepared:
-                request[STREAM_STARTED] = True
-                await response.prepare(request)
-            await response.write(data)
+        if not response.prepared:
+            request[STREAM_STARTED] = True
+            await service.read_by_client(response.prepare(request))
+        await service.read_by_client(response.write(data))
     except ConnectionError:
         raise RequestCancelled("the client closed the connection") from None
     except RequestCancelled:

@@ -173,6 +173,12 @@ class AsyncClient:
         )
         return response.record
 
+    async def overview(self, num_requests: int = 20, request_id: str = "") -> operator_pb2.GetOverviewResponse:
+        """The cluster and what this router has served lately: its newest `num_requests` requests and the one of `request_id`,
+        if that is remembered, and how long tokens took."""
+        request = operator_pb2.GetOverviewRequest(num_requests=num_requests, request_id=request_id)
+        return await self._call(self._operator.GetOverview, request, CONTROL_TIMEOUT_S)
+
     async def _call(
         self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:

@@ -82,6 +82,15 @@ class RouterStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferRate:
+    """KV that went from one worker to another in the latest ten seconds."""
+
+    prefill_worker: str
+    decode_worker: str
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterStatus:
     model: str
     workers: tuple[WorkerStatus, ...]
@@ -91,6 +100,10 @@ class ClusterStatus:
     membership_fresh: bool
     version: str
     routers: tuple[RouterStatus, ...] = ()
+    # Of active_requests, those that have to wait for their turn.
+    waiting_requests: int = 0
+    # For requests of this router; pairs without any are left out.
+    transfers: tuple[TransferRate, ...] = ()
 
     @property
     def missing_roles(self) -> tuple[str, ...]:
@@ -130,6 +143,8 @@ def status_from_pb(message: pb.GetClusterStatusResponse) -> ClusterStatus:
         membership_fresh=message.membership_fresh,
         version=message.version,
         routers=tuple(copy_fields(RouterStatus, router) for router in message.routers),
+        waiting_requests=message.waiting_requests,
+        transfers=tuple(copy_fields(TransferRate, rate) for rate in message.transfers),
     )
 
 

@@ -160,6 +160,12 @@ class Client:
         response = self._call(self._operator.Explain, operator_pb2.ExplainRequest(request_id=request_id), CONTROL_TIMEOUT_S)
         return response.record
 
+    def overview(self, num_requests: int = 20, request_id: str = "") -> operator_pb2.GetOverviewResponse:
+        """The cluster and what this router has served lately: its newest `num_requests` requests and the one of `request_id`,
+        if that is remembered, and how long tokens took."""
+        request = operator_pb2.GetOverviewRequest(num_requests=num_requests, request_id=request_id)
+        return self._call(self._operator.GetOverview, request, CONTROL_TIMEOUT_S)
+
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:

@@ -823,17 +823,25 @@ class GetClusterStatusResponse(_message.Message):
     MEMBERSHIP_FRESH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     ROUTERS_FIELD_NUMBER: _builtins.int
+    WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
+    TRANSFERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     active_requests: _builtins.int
     """Requests that this router holds now."""
     membership_fresh: _builtins.bool
     """False while the membership store cannot be reached: the list of workers is then the last one known."""
     version: _builtins.str
+    waiting_requests: _builtins.int
+    """Of active_requests, those that have to wait for their turn."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]: ...
     @_builtins.property
     def routers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterStatus]:
         """All that serve this cluster, this one included."""
+
+    @_builtins.property
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferRate]:
+        """KV that went from worker to worker for this router's requests, in the latest ten seconds; pairs without any are left out."""
 
     def __init__(
         self,
@@ -844,14 +852,41 @@ class GetClusterStatusResponse(_message.Message):
         membership_fresh: _builtins.bool = ...,
         version: _builtins.str = ...,
         routers: _abc.Iterable[Global___RouterStatus] | None = ...,
+        waiting_requests: _builtins.int = ...,
+        transfers: _abc.Iterable[Global___TransferRate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "membership_fresh", b"membership_fresh", "model", b"model", "routers", b"routers", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "membership_fresh", b"membership_fresh", "model", b"model", "routers", b"routers", "transfers", b"transfers", "version", b"version", "waiting_requests", b"waiting_requests", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterStatusResponse: _TypeAlias = GetClusterStatusResponse  # noqa: Y015
+
+@_typing.final
+class TransferRate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    prefill_worker: _builtins.str
+    decode_worker: _builtins.str
+    bytes_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        prefill_worker: _builtins.str = ...,
+        decode_worker: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "decode_worker", b"decode_worker", "prefill_worker", b"prefill_worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferRate: _TypeAlias = TransferRate  # noqa: Y015
 
 @_typing.final
 class RouterStatus(_message.Message):

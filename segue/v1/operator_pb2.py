@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from segue.v1 import inference_pb2 as segue_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17segue/v1/operator.proto\x12\x08segue.v1\x1a\x18segue/v1/inference.proto\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\":\n\x0f\x45xplainResponse\x12\'\n\x06record\x18\x01 \x01(\x0b\x32\x17.segue.v1.RequestRecord\"\xc4\x01\n\rRequestRecord\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61pi\x18\x02 \x01(\t\x12\x16\n\x0e\x61rrived_unix_s\x18\x03 \x01(\x01\x12\x0f\n\x07outcome\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x07 \x01(\r\x12$\n\x05paths\x18\x08 \x03(\x0b\x32\x15.segue.v1.RequestPath\"f\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04undo\x18\x03 \x01(\x08\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x42\n\n\x08_grace_s\"=\n\x13\x44rainWorkerResponse\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.segue.v1.WorkerStatus\"Z\n\x14RestartWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x42\n\n\x08_grace_s\"?\n\x15RestartWorkerResponse\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.segue.v1.WorkerStatus\"W\n\x14SetWorkerRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\"?\n\x15SetWorkerRoleResponse\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.segue.v1.WorkerStatus\"W\n\x13ScaleWorkersRequest\x12\x14\n\x07prefill\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_prefillB\t\n\x07_decode\"y\n\x14ScaleWorkersResponse\x12\x0f\n\x07prefill\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12\x10\n\x08starting\x18\x04 \x03(\t\x12\x0f\n\x07leaving\x18\x05 \x03(\t\x12\x0f\n\x07problem\x18\x06 \x01(\t2\x90\x03\n\x0fOperatorService\x12>\n\x07\x45xplain\x12\x18.segue.v1.ExplainRequest\x1a\x19.segue.v1.ExplainResponse\x12J\n\x0b\x44rainWorker\x12\x1c.segue.v1.DrainWorkerRequest\x1a\x1d.segue.v1.DrainWorkerResponse\x12P\n\rRestartWorker\x12\x1e.segue.v1.RestartWorkerRequest\x1a\x1f.segue.v1.RestartWorkerResponse\x12P\n\rSetWorkerRole\x12\x1e.segue.v1.SetWorkerRoleRequest\x1a\x1f.segue.v1.SetWorkerRoleResponse\x12M\n\x0cScaleWorkers\x12\x1d.segue.v1.ScaleWorkersRequest\x1a\x1e.segue.v1.ScaleWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17segue/v1/operator.proto\x12\x08segue.v1\x1a\x18segue/v1/inference.proto\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\":\n\x0f\x45xplainResponse\x12\'\n\x06record\x18\x01 \x01(\x0b\x32\x17.segue.v1.RequestRecord\"\xc4\x01\n\rRequestRecord\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61pi\x18\x02 \x01(\t\x12\x16\n\x0e\x61rrived_unix_s\x18\x03 \x01(\x01\x12\x0f\n\x07outcome\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x07 \x01(\r\x12$\n\x05paths\x18\x08 \x03(\x0b\x32\x15.segue.v1.RequestPath\">\n\x12GetOverviewRequest\x12\x14\n\x0cnum_requests\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\xd2\x01\n\x13GetOverviewResponse\x12\x12\n\nnow_unix_s\x18\x01 \x01(\x01\x12\x33\n\x07\x63luster\x18\x02 \x01(\x0b\x32\".segue.v1.GetClusterStatusResponse\x12)\n\x08requests\x18\x03 \x03(\x0b\x32\x17.segue.v1.RequestRecord\x12\x1f\n\x04ttft\x18\x04 \x01(\x0b\x32\x11.segue.v1.Latency\x12&\n\x0binter_token\x18\x05 \x01(\x0b\x32\x11.segue.v1.Latency\"o\n\x07Latency\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\r\n\x05p50_s\x18\x02 \x01(\x01\x12\r\n\x05p99_s\x18\x03 \x01(\x01\x12\x0f\n\x07point_s\x18\x04 \x01(\x01\x12&\n\x06points\x18\x05 \x03(\x0b\x32\x16.segue.v1.LatencyPoint\"J\n\x0cLatencyPoint\x12\r\n\x05\x61ge_s\x18\x01 \x01(\x01\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\r\n\x05p50_s\x18\x03 \x01(\x01\x12\r\n\x05p99_s\x18\x04 \x01(\x01\"f\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04undo\x18\x03 \x01(\x08\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x42\n\n\x08_grace_s\"=\n\x13\x44rainWorkerResponse\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.segue.v1.WorkerStatus\"Z\n\x14RestartWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x42\n\n\x08_grace_s\"?\n\x15RestartWorkerResponse\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.segue.v1.WorkerStatus\"W\n\x14SetWorkerRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\"?\n\x15SetWorkerRoleResponse\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.segue.v1.WorkerStatus\"W\n\x13ScaleWorkersRequest\x12\x14\n\x07prefill\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_prefillB\t\n\x07_decode\"y\n\x14ScaleWorkersResponse\x12\x0f\n\x07prefill\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12\x10\n\x08starting\x18\x04 \x03(\t\x12\x0f\n\x07leaving\x18\x05 \x03(\t\x12\x0f\n\x07problem\x18\x06 \x01(\t2\xdc\x03\n\x0fOperatorService\x12>\n\x07\x45xplain\x12\x18.segue.v1.ExplainRequest\x1a\x19.segue.v1.ExplainResponse\x12J\n\x0bGetOverview\x12\x1c.segue.v1.GetOverviewRequest\x1a\x1d.segue.v1.GetOverviewResponse\x12J\n\x0b\x44rainWorker\x12\x1c.segue.v1.DrainWorkerRequest\x1a\x1d.segue.v1.DrainWorkerResponse\x12P\n\rRestartWorker\x12\x1e.segue.v1.RestartWorkerRequest\x1a\x1f.segue.v1.RestartWorkerResponse\x12P\n\rSetWorkerRole\x12\x1e.segue.v1.SetWorkerRoleRequest\x1a\x1f.segue.v1.SetWorkerRoleResponse\x12M\n\x0cScaleWorkers\x12\x1d.segue.v1.ScaleWorkersRequest\x1a\x1e.segue.v1.ScaleWorkersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,22 +38,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPLAINRESPONSE']._serialized_end=159
   _globals['_REQUESTRECORD']._serialized_start=162
   _globals['_REQUESTRECORD']._serialized_end=358
-  _globals['_DRAINWORKERREQUEST']._serialized_start=360
-  _globals['_DRAINWORKERREQUEST']._serialized_end=462
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=464
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=525
-  _globals['_RESTARTWORKERREQUEST']._serialized_start=527
-  _globals['_RESTARTWORKERREQUEST']._serialized_end=617
-  _globals['_RESTARTWORKERRESPONSE']._serialized_start=619
-  _globals['_RESTARTWORKERRESPONSE']._serialized_end=682
-  _globals['_SETWORKERROLEREQUEST']._serialized_start=684
-  _globals['_SETWORKERROLEREQUEST']._serialized_end=771
-  _globals['_SETWORKERROLERESPONSE']._serialized_start=773
-  _globals['_SETWORKERROLERESPONSE']._serialized_end=836
-  _globals['_SCALEWORKERSREQUEST']._serialized_start=838
-  _globals['_SCALEWORKERSREQUEST']._serialized_end=925
-  _globals['_SCALEWORKERSRESPONSE']._serialized_start=927
-  _globals['_SCALEWORKERSRESPONSE']._serialized_end=1048
-  _globals['_OPERATORSERVICE']._serialized_start=1051
-  _globals['_OPERATORSERVICE']._serialized_end=1451
+  _globals['_GETOVERVIEWREQUEST']._serialized_start=360
+  _globals['_GETOVERVIEWREQUEST']._serialized_end=422
+  _globals['_GETOVERVIEWRESPONSE']._serialized_start=425
+  _globals['_GETOVERVIEWRESPONSE']._serialized_end=635
+  _globals['_LATENCY']._serialized_start=637
+  _globals['_LATENCY']._serialized_end=748
+  _globals['_LATENCYPOINT']._serialized_start=750
+  _globals['_LATENCYPOINT']._serialized_end=824
+  _globals['_DRAINWORKERREQUEST']._serialized_start=826
+  _globals['_DRAINWORKERREQUEST']._serialized_end=928
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=930
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=991
+  _globals['_RESTARTWORKERREQUEST']._serialized_start=993
+  _globals['_RESTARTWORKERREQUEST']._serialized_end=1083
+  _globals['_RESTARTWORKERRESPONSE']._serialized_start=1085
+  _globals['_RESTARTWORKERRESPONSE']._serialized_end=1148
+  _globals['_SETWORKERROLEREQUEST']._serialized_start=1150
+  _globals['_SETWORKERROLEREQUEST']._serialized_end=1237
+  _globals['_SETWORKERROLERESPONSE']._serialized_start=1239
+  _globals['_SETWORKERROLERESPONSE']._serialized_end=1302
+  _globals['_SCALEWORKERSREQUEST']._serialized_start=1304
+  _globals['_SCALEWORKERSREQUEST']._serialized_end=1391
+  _globals['_SCALEWORKERSRESPONSE']._serialized_start=1393
+  _globals['_SCALEWORKERSRESPONSE']._serialized_end=1514
+  _globals['_OPERATORSERVICE']._serialized_start=1517
+  _globals['_OPERATORSERVICE']._serialized_end=1993
 # @@protoc_insertion_point(module_scope)

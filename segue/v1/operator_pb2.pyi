@@ -86,7 +86,7 @@ class RequestRecord(_message.Message):
     error: _builtins.str
     num_prompt_tokens: _builtins.int
     num_output_tokens: _builtins.int
-    """Known when it has ended well."""
+    """So far."""
     @_builtins.property
     def paths(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.RequestPath]:
         """One for each choice that was begun, of all prompts; the first 16 once the request is over."""
@@ -110,6 +110,138 @@ class RequestRecord(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestRecord: _TypeAlias = RequestRecord  # noqa: Y015
+
+@_typing.final
+class GetOverviewRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    num_requests: _builtins.int
+    """How many of the newest requests; at most 100."""
+    request_id: _builtins.str
+    """This one as well, if it is remembered; in any form that ExplainRequest takes."""
+    def __init__(
+        self,
+        *,
+        num_requests: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_requests", b"num_requests", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOverviewRequest: _TypeAlias = GetOverviewRequest  # noqa: Y015
+
+@_typing.final
+class GetOverviewResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NOW_UNIX_S_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    TTFT_FIELD_NUMBER: _builtins.int
+    INTER_TOKEN_FIELD_NUMBER: _builtins.int
+    now_unix_s: _builtins.float
+    @_builtins.property
+    def cluster(self) -> _inference_pb2.GetClusterStatusResponse: ...
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestRecord]:
+        """Those that run, then those that are over, each the newest first; request_id's last if it is none of them."""
+
+    @_builtins.property
+    def ttft(self) -> Global___Latency:
+        """From arrival to the first token."""
+
+    @_builtins.property
+    def inter_token(self) -> Global___Latency:
+        """From one token of an answer to its next one."""
+
+    def __init__(
+        self,
+        *,
+        now_unix_s: _builtins.float = ...,
+        cluster: _inference_pb2.GetClusterStatusResponse | None = ...,
+        requests: _abc.Iterable[Global___RequestRecord] | None = ...,
+        ttft: Global___Latency | None = ...,
+        inter_token: Global___Latency | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "inter_token", b"inter_token", "ttft", b"ttft"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "inter_token", b"inter_token", "now_unix_s", b"now_unix_s", "requests", b"requests", "ttft", b"ttft"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOverviewResponse: _TypeAlias = GetOverviewResponse  # noqa: Y015
+
+@_typing.final
+class Latency(_message.Message):
+    """The latest five minutes. Each percentile is right to within 2.5 %."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    P50_S_FIELD_NUMBER: _builtins.int
+    P99_S_FIELD_NUMBER: _builtins.int
+    POINT_S_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Of the whole time; 0 when nothing was measured."""
+    p50_s: _builtins.float
+    p99_s: _builtins.float
+    point_s: _builtins.float
+    """Seconds that one point stands for."""
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatencyPoint]:
+        """The oldest first; where nothing was measured there is none."""
+
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        p50_s: _builtins.float = ...,
+        p99_s: _builtins.float = ...,
+        point_s: _builtins.float = ...,
+        points: _abc.Iterable[Global___LatencyPoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "p50_s", b"p50_s", "p99_s", b"p99_s", "point_s", b"point_s", "points", b"points"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Latency: _TypeAlias = Latency  # noqa: Y015
+
+@_typing.final
+class LatencyPoint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGE_S_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    P50_S_FIELD_NUMBER: _builtins.int
+    P99_S_FIELD_NUMBER: _builtins.int
+    age_s: _builtins.float
+    """How long ago its time began."""
+    count: _builtins.int
+    p50_s: _builtins.float
+    p99_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        age_s: _builtins.float = ...,
+        count: _builtins.int = ...,
+        p50_s: _builtins.float = ...,
+        p99_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "count", b"count", "p50_s", b"p50_s", "p99_s", b"p99_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LatencyPoint: _TypeAlias = LatencyPoint  # noqa: Y015
 
 @_typing.final
 class DrainWorkerRequest(_message.Message):

@@ -39,6 +39,11 @@ class OperatorServiceStub:
                 request_serializer=segue_dot_v1_dot_operator__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=segue_dot_v1_dot_operator__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.GetOverview = channel.unary_unary(
+                '/segue.v1.OperatorService/GetOverview',
+                request_serializer=segue_dot_v1_dot_operator__pb2.GetOverviewRequest.SerializeToString,
+                response_deserializer=segue_dot_v1_dot_operator__pb2.GetOverviewResponse.FromString,
+                _registered_method=True)
         self.DrainWorker = channel.unary_unary(
                 '/segue.v1.OperatorService/DrainWorker',
                 request_serializer=segue_dot_v1_dot_operator__pb2.DrainWorkerRequest.SerializeToString,
@@ -66,6 +71,13 @@ class OperatorServiceServicer:
 
     def Explain(self, request, context):
         """Which way a recent request took, and where its time went. A router knows the requests that it served itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetOverview(self, request, context):
+        """What `segue top` and the console show: the cluster, and what this router has served lately.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +121,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=segue_dot_v1_dot_operator__pb2.ExplainRequest.FromString,
                     response_serializer=segue_dot_v1_dot_operator__pb2.ExplainResponse.SerializeToString,
+            ),
+            'GetOverview': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOverview,
+                    request_deserializer=segue_dot_v1_dot_operator__pb2.GetOverviewRequest.FromString,
+                    response_serializer=segue_dot_v1_dot_operator__pb2.GetOverviewResponse.SerializeToString,
             ),
             'DrainWorker': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainWorker,
@@ -158,6 +175,33 @@ class OperatorService:
             '/segue.v1.OperatorService/Explain',
             segue_dot_v1_dot_operator__pb2.ExplainRequest.SerializeToString,
             segue_dot_v1_dot_operator__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOverview(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.OperatorService/GetOverview',
+            segue_dot_v1_dot_operator__pb2.GetOverviewRequest.SerializeToString,
+            segue_dot_v1_dot_operator__pb2.GetOverviewResponse.FromString,
             options,
             channel_credentials,
             insecure,

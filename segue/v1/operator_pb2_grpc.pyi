@@ -37,6 +37,8 @@ class OperatorServiceStub:
     def __new__(cls, channel: _aio.Channel) -> OperatorServiceAsyncStub: ...
     Explain: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ExplainRequest, _operator_pb2.ExplainResponse]
     """Which way a recent request took, and where its time went. A router knows the requests that it served itself."""
+    GetOverview: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetOverviewRequest, _operator_pb2.GetOverviewResponse]
+    """What `segue top` and the console show: the cluster, and what this router has served lately."""
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_operator_pb2.DrainWorkerRequest, _operator_pb2.DrainWorkerResponse]
     """The worker takes no new sequences and finishes what it has. Returns once it has begun to; GetClusterStatus shows its state
     go from `draining` to `drained`, when it holds nothing any more.
@@ -57,6 +59,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Explain: _aio.UnaryUnaryMultiCallable[_operator_pb2.ExplainRequest, _operator_pb2.ExplainResponse]  # type: ignore[assignment]
     """Which way a recent request took, and where its time went. A router knows the requests that it served itself."""
+    GetOverview: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetOverviewRequest, _operator_pb2.GetOverviewResponse]  # type: ignore[assignment]
+    """What `segue top` and the console show: the cluster, and what this router has served lately."""
     DrainWorker: _aio.UnaryUnaryMultiCallable[_operator_pb2.DrainWorkerRequest, _operator_pb2.DrainWorkerResponse]  # type: ignore[assignment]
     """The worker takes no new sequences and finishes what it has. Returns once it has begun to; GetClusterStatus shows its state
     go from `draining` to `drained`, when it holds nothing any more.
@@ -80,6 +84,14 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.ExplainResponse, _abc.Awaitable[_operator_pb2.ExplainResponse]]:
         """Which way a recent request took, and where its time went. A router knows the requests that it served itself."""
+
+    @_abc_1.abstractmethod
+    def GetOverview(
+        self,
+        request: _operator_pb2.GetOverviewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.GetOverviewResponse, _abc.Awaitable[_operator_pb2.GetOverviewResponse]]:
+        """What `segue top` and the console show: the cluster, and what this router has served lately."""
 
     @_abc_1.abstractmethod
     def DrainWorker(

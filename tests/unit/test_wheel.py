@@ -44,7 +44,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 def test_every_module_of_the_checkout_is_in_the_wheel(package: str, wheel_names: set[str]) -> None:
     wanted = {
         str(path.relative_to(ROOT))
-        for suffix in ("py", "pyi", "typed", "txt")
+        for suffix in ("py", "pyi", "typed", "txt", "html", "css", "js", "svg")
         for path in (ROOT / package).rglob(f"*.{suffix}")
         # The chart is Helm's, not Python's.
         if "helm" not in path.parts

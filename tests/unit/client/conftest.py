@@ -69,7 +69,7 @@ class ScriptedRouter(InferenceServiceServicer, OperatorServiceServicer):
     left: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     address: str = ""
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # noqa: N802
         self.requests.append(request)
         self.arrived.set()
         try:
@@ -79,8 +79,8 @@ class ScriptedRouter(InferenceServiceServicer, OperatorServiceServicer):
                 elif isinstance(act, Exception):
                     await fail(context, act)
                 else:
-                    yield act
-        except (asyncio.CancelledError, GeneratorExit):  # while it waits, and while a message is being written
+                    await context.write(act)
+        except asyncio.CancelledError:
             self.left.put_nowait("cancelled")
             raise
 
@@ -94,7 +94,7 @@ class ScriptedRouter(InferenceServiceServicer, OperatorServiceServicer):
         return act
 
     Tokenize = ListModels = GetClusterStatus = _answer
-    Explain = DrainWorker = RestartWorker = SetWorkerRole = _answer
+    Explain = GetOverview = DrainWorker = RestartWorker = SetWorkerRole = _answer
 
 
 class BareStatus(Exception):

@@ -60,6 +60,7 @@ def test_every_command_is_there_and_has_help() -> None:
         "generate",
         "chat",
         "status",
+        "top",
         "explain",
         "drain",
         "restart",

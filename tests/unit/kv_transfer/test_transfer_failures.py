@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import zmq.asyncio
 
+from kv_transfer import connections
 from kv_transfer.identity import host_identity
 from kv_transfer.pieces import Pieces, checksums
 from kv_transfer.push import Push
+from kv_transfer.sockets import bind_receiver
 from kv_transfer.transports import ShmWriter, TcpWriter
 from segue.errors import ChecksumMismatch, ConfigError, LeaseExpired, TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
@@ -209,11 +211,13 @@ async def test_a_ticket_that_nobody_uses_lapses(pair):
 
 
 async def test_a_writer_that_falls_silent_loses_its_lease(pair):
-    receiver = await pair.receiver(lease_ms=100)
+    now_s = [0.0]
+    receiver = await pair.receiver(lease_ms=100, clock=lambda: now_s[0])
     incoming = receiver.expect(0, [1])
     async with raw_peer(pair, receiver.endpoint) as peer:
         await peer.greet(("shm",))
         await peer.open(incoming.ticket)
+        now_s[0] += 1
         with pytest.raises(LeaseExpired):
             await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
         assert (await peer.receive("revoke")).code == "lease_expired"
@@ -655,3 +659,33 @@ async def test_an_address_of_another_machine_is_a_wrong_setting(pair):
     with pytest.raises(ConfigError, match="host"):
         async with type(await pair.receiver())(None, pair.target, host="192.0.2.1"):
             pass
+
+
+async def test_a_receiver_that_falls_silent_is_given_up(pair, monkeypatch):
+    monkeypatch.setattr(connections, "_TICK_S", 0.01)
+    receiver = await pair.receiver()
+    sender = await pair.sender(transports=("tcp",))
+    ticket = receiver.expect(0, [1]).ticket
+    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as silent:
+        silent.bind("tcp://127.0.0.1:*")
+        ticket.endpoint = silent.getsockopt_string(zmq.LAST_ENDPOINT)
+        opening = asyncio.create_task(sender.open(ticket))
+        who, _ = await silent.recv_multipart()
+        welcome = pb.Welcome(worker_id="decode-0", epoch=3, transport="tcp", format=FORMAT)
+        await silent.send_multipart([who, pb.TransferFrame(welcome=welcome).SerializeToString()])
+        with pytest.raises(TransferError, match="decode-0 said nothing"):
+            await asyncio.wait_for(opening, TIMEOUT_S)
+
+
+async def test_a_connection_that_breaks_while_nobody_reads_does_no_harm():
+    with zmq.Context() as context, context.socket(zmq.DEALER) as writer:
+        receiver, endpoint = await bind_receiver(context, "127.0.0.1", 2**16)
+        writer.setsockopt(zmq.SNDHWM, 1)
+        writer.connect(endpoint)
+        while writer.poll(200, zmq.POLLOUT):  # until the receiver takes no more
+            writer.send(bytes(2**16))
+        writer.close(0)
+        # With heartbeats libzmq would end this process about a second later, in a thread that nobody can wait for.
+        await asyncio.sleep(2)
+        assert len(await receiver.receive()) == 2
+        receiver.close()

@@ -78,10 +78,14 @@ def test_what_is_no_key_or_another_is_refused(file):
     [
         (http_needs("/v1/completions"), {"infer"}),
         (http_needs("/metrics"), {"observe"}),
+        (http_needs("/console/state"), {"observe", "operate"}),
+        (http_needs("/console/state/"), {"operate"}),
         (http_needs("/anything/new"), {"operate"}),
         (grpc_needs("/segue.v1.InferenceService/Generate"), {"infer"}),
         (grpc_needs("/segue.v1.InferenceService/GetClusterStatus"), {"infer", "observe", "operate"}),
         (grpc_needs("/segue.v1.OperatorService/Drain"), {"operate"}),
+        (grpc_needs("/segue.v1.OperatorService/Explain"), {"operate"}),
+        (grpc_needs("/segue.v1.OperatorService/GetOverview"), {"observe", "operate"}),
         (grpc_needs("/unknown"), {"operate"}),
     ],
 )

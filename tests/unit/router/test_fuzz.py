@@ -75,6 +75,7 @@ OPERATIONS = [
     ("/health", "GET"),
     ("/ready", "GET"),
     ("/metrics", "GET"),
+    ("/console/state", "GET"),
 ]
 
 

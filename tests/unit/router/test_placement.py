@@ -235,3 +235,17 @@ def test_a_feed_tells_the_net_change() -> None:
     assert feed.take() is None
     assert not feed.changed.is_set()
     assert feed.snapshot() == pb.CacheEvents(number=1, snapshot=True, stored=b"".join(held))
+
+
+def test_what_is_handed_over_from_worker_to_worker_is_counted(workers: Workers) -> None:
+    join(workers, "p0", "prefill")
+    join(workers, "d0", "decode")
+    placement = Placement(workers, "cost", may_join=False)
+    placement.place(wanted()).handed_over(10, 5000, 0.001)
+    (rate,) = placement.transfers.to_pb()
+    assert (rate.prefill_worker, rate.decode_worker, rate.bytes_per_s) == ("p0", "d0", 500.0)
+    both = Placement(workers, "cost", may_join=True)
+    alone = both.place(wanted())
+    alone.decode = alone.prefill
+    alone.handed_over(10, 5000, 0.001)
+    assert both.transfers.to_pb() == []

@@ -59,48 +59,55 @@ def situation(workers: list[WorkerFacts], cached: list[int] | None = None, **val
     fleet = Fleet()
     for worker in workers:
         fleet.join(Known(worker))
-    rows = fleet.rows
-    known = np.zeros(len(rows), np.int64)
+    columns = fleet.columns
+    known = np.zeros_like(columns["capacity_tokens"])
     known[: len(cached or [])] = cached or []
-    given_values = {"num_tokens": 100, "expected_tokens": 50.0, "cached": known, "roomy": rows["capacity_tokens"] > 0} | values
-    return Situation(rows=rows, prefills=rows["prefills"], decodes=rows["decodes"], **given_values)  # type: ignore[arg-type]
+    given_values = {
+        "num_tokens": 100,
+        "expected_tokens": 50.0,
+        "cached": known,
+        "roomy": columns["capacity_tokens"] > 0,
+    } | values
+    return Situation(columns=columns, prefills=columns["prefills"], decodes=columns["decodes"], **given_values)  # type: ignore[arg-type]
 
 
 def naive(s: Situation) -> list[Choice]:
     """All that could be chosen."""
 
     def decode_ms(row: int) -> float:
-        worker = s.rows[row]
+        worker = {name: column[row] for name, column in s.columns.items()}
         own = worker["decode_ms_per_step"] + worker["decode_ms_per_sequence"] * (worker["sequences"] + 1)
         needed = (s.num_tokens - s.cached[row]) // worker["block_size"] + 1
         wait = own if needed > worker["available_blocks"] else 0
         return float(s.expected_tokens * (own + worker["decode_ms_per_sequence"] * worker["sequences"] + wait))
 
     def prompt_ms(row: int, num_fetched: int = 0) -> float:
-        return float(max(s.num_tokens - s.cached[row] - num_fetched, 1) * s.rows[row]["prefill_ms_per_token"])
+        return float(max(s.num_tokens - s.cached[row] - num_fetched, 1) * s.columns["prefill_ms_per_token"][row])
 
     def first_token_ms(row: int, num_fetched: int = 0) -> float:
-        return float(s.rows[row]["queued_tokens"] * s.rows[row]["prefill_ms_per_token"]) + prompt_ms(row, num_fetched)
+        return float(s.columns["queued_tokens"][row] * s.columns["prefill_ms_per_token"][row]) + prompt_ms(row, num_fetched)
 
     prefills, decodes = np.flatnonzero(s.prefills).tolist(), np.flatnonzero(s.decodes).tolist()
     found = []
     for p in prefills:
         for d in decodes:
-            near = s.rows[p]["host"] == s.rows[d]["host"]
+            near = s.columns["host"][p] == s.columns["host"][d]
             per_token = s.near_ms_per_token if near else s.far_ms_per_token
             if p not in decodes:
-                num_fetched = max(min(s.cached[d], s.num_tokens - 1) - s.cached[p], 0) if s.rows[p]["pulls_kv"] else 0
-                fetched_ms = num_fetched * min(per_token, s.rows[p]["prefill_ms_per_token"])
+                num_fetched = max(min(s.cached[d], s.num_tokens - 1) - s.cached[p], 0) if s.columns["pulls_kv"][p] else 0
+                fetched_ms = num_fetched * min(per_token, s.columns["prefill_ms_per_token"][p])
                 moved_ms = max(s.num_tokens - s.cached[d], 0) * per_token
                 cost_ms = first_token_ms(p, num_fetched) + fetched_ms + s.hand_over_ms + moved_ms + decode_ms(d)
                 found.append(Choice(p, d, DISAGGREGATED, cost_ms))
-    full = all((s.num_tokens - s.cached[d]) // s.rows[d]["block_size"] + 1 > s.rows[d]["available_blocks"] for d in decodes)
+    full = all(
+        (s.num_tokens - s.cached[d]) // s.columns["block_size"][d] + 1 > s.columns["available_blocks"][d] for d in decodes
+    )
     for row in {*prefills, *decodes}:
         is_both = row in prefills and row in decodes
-        is_idle = row in prefills and s.roomy[row] and s.rows[row]["queued_tokens"] == 0
+        is_idle = row in prefills and s.roomy[row] and s.columns["queued_tokens"][row] == 0
         is_short = row in decodes and prompt_ms(row) <= MAX_STALL_MS
         if is_both or (s.may_join and (is_idle if full else is_short)):
-            delayed = s.rows[row]["sequences"] * prompt_ms(row)
+            delayed = s.columns["sequences"][row] * prompt_ms(row)
             found.append(Choice(row, row, "", first_token_ms(row) + delayed + decode_ms(row)))
     return found
 
@@ -218,9 +225,9 @@ def test_short_prompts_stay_on_an_idle_decode_worker() -> None:
     s = situation(fleet, num_tokens=5, expected_tokens=1.0, **far)
     assert (cost(s).prefill, cost(s).reason) == (1, SHORT_PROMPT)
     busy = [PREFILL, DECODE._replace(sequences=8, decode_ms_per_step=0.01, decode_ms_per_sequence=0.01)]
-    assert cost(replace(s, rows=situation(busy).rows)).reason == DISAGGREGATED, "eight others would wait"
+    assert cost(replace(s, columns=situation(busy).columns)).reason == DISAGGREGATED, "eight others would wait"
     slow = [PREFILL._replace(prefill_ms_per_token=21.0), DECODE._replace(prefill_ms_per_token=21.0)]
-    assert cost(replace(s, rows=situation(slow).rows)).reason == DISAGGREGATED, "whoever comes next would wait"
+    assert cost(replace(s, columns=situation(slow).columns)).reason == DISAGGREGATED, "whoever comes next would wait"
     assert cost(replace(s, may_join=False)).reason == DISAGGREGATED
 
 

@@ -17,7 +17,7 @@ async def main() -> None:
         case "die":
             sys.stderr.write("the stub router dies\n")
             sys.exit(3)
-    server = await asyncio.start_server(_answer, settings.host, settings.http_port)
+    server = await asyncio.start_server(_answer, settings.host, settings.http_port, reuse_port=settings.shares_ports)
     stop = stop_event()
     port = server.sockets[0].getsockname()[1]
     say_serving(http=f"{settings.host}:{port}", grpc=f"{settings.host}:1")

@@ -1,0 +1,1 @@
+"""The web console: a page, and the one document that it asks for again and again."""
