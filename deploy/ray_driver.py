@@ -139,7 +139,10 @@ class Supervisor:
         if not waiting:
             return ""
         takes = self._resources(self._like(waiting[0]))
-        free = self._ray.available_resources()
+        try:
+            free = self._ray.available_resources()
+        except self._ray.exceptions.RayError:  # its head does not answer
+            return ""
         return (
             f"Ray has no room yet for {', '.join(waiting)}: a rank of {waiting[0]} takes {_amounts(takes)}, and free in the "
             f"whole cluster are {_amounts({name: free.get(name, 0) for name in takes})}"

@@ -148,6 +148,6 @@ async def tell_to_leave(record: WorkerRecord, credentials: grpc.ChannelCredentia
                     await call.write(worker_pb2.LinkRequest(drain=drain))
                 elif message.HasField("worker_changed"):
                     return message.worker_changed.worker.draining
-    except (grpc.aio.AioRpcError, TimeoutError) as error:
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
         logger.warning("%s could not be told to leave, and is told again: %r", record.worker_id, error)
     return False
