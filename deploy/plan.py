@@ -20,14 +20,14 @@ from segue.config import (
 from segue.errors import ConfigError
 from segue.models.config import ModelConfig
 from segue.models.store import ModelHandle
+from segue.pools import pool_roles
 
 
 def worker_names(settings: ClusterSettings) -> dict[str, tuple[Role, ...]]:
     """Worker ids and their roles. Colocated, one worker stands for a prefill and a decode worker."""
     if settings.colocated:
         return {f"worker-{i}": ("prefill", "decode") for i in range(max(settings.prefill, settings.decode))}
-    names: dict[str, tuple[Role, ...]] = {f"prefill-{i}": ("prefill",) for i in range(settings.prefill)}
-    return names | {f"decode-{i}": ("decode",) for i in range(settings.decode)}
+    return pool_roles(settings.prefill, settings.decode)
 
 
 def num_processes(settings: ClusterSettings) -> int:

@@ -23,6 +23,8 @@ from segue.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 LOOPBACK = "127.0.0.1"
+# Workers of one role.
+MAX_POOL = 64
 LOOPBACK_NAMES = frozenset({LOOPBACK, "localhost", "::1"})
 
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -206,8 +208,8 @@ class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings, DoorSetti
     """All that `segue up` takes."""
 
     model: str = Field(DEFAULT_MODEL, description="Model directory, .gguf file, Hub id or name of an imported model")
-    prefill: int = Field(1, ge=1, le=64, description="Prefill workers")
-    decode: int = Field(1, ge=1, le=64, description="Decode workers")
+    prefill: int = Field(1, ge=1, le=MAX_POOL, description="Prefill workers")
+    decode: int = Field(1, ge=1, le=MAX_POOL, description="Decode workers")
     colocated: bool = Field(False, description="Run both phases in one worker, for comparison")
     redis: str | None = Field(None, repr=False, description="Redis or Valkey URL; without it an embedded Valkey is started")
     cluster_id: str | None = Field(

@@ -852,6 +852,70 @@ class RouterRecord(_message.Message):
 Global___RouterRecord: _TypeAlias = RouterRecord  # noqa: Y015
 
 @_typing.final
+class PoolSizes(_message.Message):
+    """How many workers of each role there shall be, as operators asked last. Kept in the membership store."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    prefill: _builtins.int
+    decode: _builtins.int
+    revision: _builtins.int
+    """Grows each time that somebody asks."""
+    def __init__(
+        self,
+        *,
+        prefill: _builtins.int = ...,
+        decode: _builtins.int = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolSizes: _TypeAlias = PoolSizes  # noqa: Y015
+
+@_typing.final
+class PoolReport(_message.Message):
+    """What becomes of it, as whoever starts the workers says in the membership store, under a lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WANTED_FIELD_NUMBER: _builtins.int
+    STARTING_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    problem: _builtins.str
+    """What those that start wait for; empty: nothing is known to be missing."""
+    @_builtins.property
+    def wanted(self) -> Global___PoolSizes: ...
+    @_builtins.property
+    def starting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Workers that do not serve yet, and those that finish what they have and then leave."""
+
+    @_builtins.property
+    def leaving(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        wanted: Global___PoolSizes | None = ...,
+        starting: _abc.Iterable[_builtins.str] | None = ...,
+        leaving: _abc.Iterable[_builtins.str] | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wanted", b"wanted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaving", b"leaving", "problem", b"problem", "starting", b"starting", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolReport: _TypeAlias = PoolReport  # noqa: Y015
+
+@_typing.final
 class WorkerRecord(_message.Message):
     """What a worker says of itself to the membership store, under a lease that it renews."""
 

@@ -65,6 +65,7 @@ def test_every_command_is_there_and_has_help() -> None:
         "drain",
         "restart",
         "role",
+        "scale",
         "doctor",
         "router",
         "worker",
