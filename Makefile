@@ -37,9 +37,10 @@ test-deploy: install ## Check chart, manifests and image with real tools, which 
 test-multihost: install ## Run a Ray cluster over hosts in network namespaces, which takes root; ARGS="..." goes to pytest
 	@$(BIN)/python -m pytest -q --no-header tests/multihost $(ARGS)
 
-manifests: $(STAMP) ## Write deploy/kubernetes and the settings in the chart's schema anew
+manifests: $(STAMP) ## Write deploy/kubernetes, the settings in the chart's schema and docs/metrics.md anew
 	@$(BIN)/python tests/deploy/get_tools.py
 	@$(BIN)/python -m deploy.chart_schema
+	@$(BIN)/python -m deploy.metrics_reference
 	@$(BIN)/python -m tests.deploy.manifests
 
 proto: $(STAMP) ## Write the stubs in segue/v1 anew from proto/

@@ -238,6 +238,7 @@ class StartPrefill(_message.Message):
     NUM_DECODE_RANKS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     hand_over: _builtins.bool
     """False when one token is all that is wanted, and no ticket will come."""
     num_decode_ranks: _builtins.int
@@ -246,6 +247,8 @@ class StartPrefill(_message.Message):
     """The last so many of `token_ids` were generated in earlier attempts; what is sampled next continues them."""
     cache_salt: _builtins.bytes
     """Only prompts of equal salts share a prefix cache."""
+    traceparent: _builtins.str
+    """W3C trace context of the router's span of this attempt; empty where the request is not traced."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -262,10 +265,11 @@ class StartPrefill(_message.Message):
         num_decode_ranks: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
         cache_salt: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "hand_over", b"hand_over", "key", b"key", "num_decode_ranks", b"num_decode_ranks", "num_output_tokens", b"num_output_tokens", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "hand_over", b"hand_over", "key", b"key", "num_decode_ranks", b"num_decode_ranks", "num_output_tokens", b"num_output_tokens", "sampling", b"sampling", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,6 +314,7 @@ class ReserveDecode(_message.Message):
     NUM_PREFILL_RANKS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     prefill_worker_id: _builtins.str
     """Who will write; the worker itself when both phases run in one."""
     num_prefill_ranks: _builtins.int
@@ -317,6 +322,7 @@ class ReserveDecode(_message.Message):
     num_output_tokens: _builtins.int
     """As in StartPrefill."""
     cache_salt: _builtins.bytes
+    traceparent: _builtins.str
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -333,10 +339,11 @@ class ReserveDecode(_message.Message):
         num_prefill_ranks: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
         cache_salt: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "num_output_tokens", b"num_output_tokens", "num_prefill_ranks", b"num_prefill_ranks", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "num_output_tokens", b"num_output_tokens", "num_prefill_ranks", b"num_prefill_ranks", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -933,6 +940,7 @@ class WorkerRecord(_message.Message):
     SECRET_FINGERPRINT_FIELD_NUMBER: _builtins.int
     POSSIBLE_ROLES_FIELD_NUMBER: _builtins.int
     ROLES_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -959,6 +967,8 @@ class WorkerRecord(_message.Message):
     """Of the cluster secret, one way; empty without one. Only where it is equal do processes talk to each other."""
     roles_until_unix_s: _builtins.float
     """When its roles change back to those that it was started with, in Unix time; 0: they do not."""
+    started_unix_s: _builtins.float
+    """In Unix time."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefill, decode."""
@@ -989,10 +999,11 @@ class WorkerRecord(_message.Message):
         secret_fingerprint: _builtins.str = ...,
         possible_roles: _abc.Iterable[_builtins.str] | None = ...,
         roles_until_unix_s: _builtins.float = ...,
+        started_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "pulls_kv", b"pulls_kv", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "secret_fingerprint", b"secret_fingerprint", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "pulls_kv", b"pulls_kv", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "secret_fingerprint", b"secret_fingerprint", "started_unix_s", b"started_unix_s", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

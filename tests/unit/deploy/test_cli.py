@@ -85,6 +85,9 @@ def test_version() -> None:
 
 
 OTHER_VALUES: dict[str, Any] = {
+    "log_format": "json",
+    "otlp_endpoint": "http://collector:4318",
+    "trace_ratio": 0.25,
     "model": "other",
     "prefill": 2,
     "decode": 3,
