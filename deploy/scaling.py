@@ -2,7 +2,7 @@
 
     a wish ──► missing ones are started
            └─► those too many: told over their link to drain ──nothing left──► they leave, and are let go
-                               not to be found in the membership for a while ──► ended: they serve nobody
+                               never came, or are not in the membership for a while ──► ended: they serve nobody
 
 A worker that somebody else told to leave is missed by the next wish only.
 """
@@ -66,6 +66,8 @@ class Scaling:
         self._wanted = _sizes_of(replicas.running)
         # Workers that were told to leave, with the epoch that was told; until they are gone.
         self._told: dict[str, int] = {}
+        # Workers that were in the membership since they were started.
+        self._seen: set[str] = set()
         # Since when workers that are too many have not been in the membership.
         self._absent_since_s: dict[str, float] = {}
 
@@ -80,11 +82,13 @@ class Scaling:
         """Does what is to be done now. Raises StoreUnavailable."""
         asked = await self._store.wanted() or self._wanted
         records = {record.worker_id: record for record in await self._membership.list_workers()}
+        self._seen |= records.keys()
         is_new, self._wanted = asked != self._wanted, asked
         wanted = pool_roles(asked.prefill, asked.decode)
         for worker_id in missing(wanted, self._replicas.running):
             if is_new or worker_id in self._told:
                 self._told.pop(worker_id, None)
+                self._seen.discard(worker_id)
                 self._replicas.start(worker_id)
         leaving = too_many(wanted, self._replicas.running)
         await asyncio.gather(*(self._send_away(worker_id, records.get(worker_id)) for worker_id in leaving))
@@ -96,7 +100,7 @@ class Scaling:
     async def _send_away(self, worker_id: str, record: WorkerRecord | None) -> None:
         if record is None:
             since_s = self._absent_since_s.setdefault(worker_id, time.monotonic())
-            if time.monotonic() - since_s > _ABSENCE_LIMIT_S:
+            if worker_id not in self._seen or time.monotonic() - since_s > _ABSENCE_LIMIT_S:
                 self._replicas.end(worker_id)
             return
         self._absent_since_s.pop(worker_id, None)

@@ -114,14 +114,26 @@ async def test_one_that_starts_anew_instead_of_leaving_is_told_again(town: Town)
 
 async def test_one_that_serves_nobody_is_ended(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     await town.serve("prefill-0", "decode-0")
-    town.replicas.start("decode-1")
+    await town.store.ask(1, 3)
+    await town.look()
+    await town.serve("decode-1")
+    await town.look()
+    await town.membership.withdraw(WorkerRecord(worker_id="decode-1", epoch=1))
     await town.store.ask(1, 1)
-    assert (await town.look()).leaving == ["decode-1"]
-    assert not town.replicas.ended, "it may be about to leave"
+    assert (await town.look()).leaving == ["decode-2", "decode-1"]
+    assert town.replicas.ended == ["decode-2"], "the other one may be about to leave"
     monkeypatch.setattr("deploy.scaling._ABSENCE_LIMIT_S", 0.0)
     await town.look()
-    assert town.replicas.ended == ["decode-1"]
+    assert town.replicas.ended == ["decode-2", "decode-1"]
     assert not town.told
+
+    # Started anew under the same name, it has not come yet.
+    monkeypatch.setattr("deploy.scaling._ABSENCE_LIMIT_S", 1e6)
+    await town.store.ask(1, 2)
+    await town.look()
+    await town.store.ask(1, 1)
+    await town.look()
+    assert town.replicas.ended == ["decode-2", "decode-1", "decode-1"]
 
 
 async def test_one_that_is_wanted_again_while_it_leaves_is_started_when_it_is_gone(town: Town) -> None:
