@@ -88,7 +88,7 @@ async def test_the_console_of_a_real_cluster(browser: Browser, model_dir: Path) 
         await expect(page.locator("#no-requests")).to_be_visible()
 
         # An answer grows piece by piece, and its waterfall is there while it runs.
-        await ask(page, "Hello " + "there " * 40, 220)
+        await ask(page, "Hello " + "there " * 10, 150)
         answer = page.locator("#messages li").nth(1)
         await expect(answer.locator(".text")).not_to_have_text("")
         await expect(answer.locator("button")).to_have_count(1)
