@@ -23,7 +23,6 @@ from segue.errors import PermissionDenied
 from segue.v1 import inference_pb2 as pb
 from segue.v1.operator_pb2 import GetOverviewResponse, Latency, LatencyPoint, RequestRecord
 
-
 LIMIT_S = 30.0
 
 

@@ -1,4 +1,4 @@
-"""The console's files, and the state that it asks for. tests/e2e/test_console.py loads it in a browser."""
+"""The console's files, and the state that it asks for. tests/integration/test_console.py loads it in a browser."""
 
 from __future__ import annotations
 
