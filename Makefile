@@ -10,10 +10,10 @@ PACKAGES := segue engine kv_transfer prefill_worker decode_worker router deploy 
 MODEL := $(or $(SEGUE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/segue)/models/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-deploy manifests proto format clean
+.PHONY: help install serve test test-deploy test-multihost manifests proto format clean
 
 help: ## Show what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Set up .venv and fetch the default model, if they are not there
 	@test -d "$(MODEL)" || $(BIN)/segue models pull
@@ -34,9 +34,13 @@ test-deploy: install ## Check chart, manifests and image with real tools, which 
 	@$(BIN)/python tests/deploy/get_tools.py
 	@$(BIN)/python -m pytest -q --no-header tests/deploy $(ARGS)
 
-manifests: $(STAMP) ## Write deploy/kubernetes and the settings in the chart's schema anew
+test-multihost: install ## Run a Ray cluster over hosts in network namespaces, which takes root; ARGS="..." goes to pytest
+	@$(BIN)/python -m pytest -q --no-header tests/multihost $(ARGS)
+
+manifests: $(STAMP) ## Write deploy/kubernetes, the settings in the chart's schema and docs/metrics.md anew
 	@$(BIN)/python tests/deploy/get_tools.py
 	@$(BIN)/python -m deploy.chart_schema
+	@$(BIN)/python -m deploy.metrics_reference
 	@$(BIN)/python -m tests.deploy.manifests
 
 proto: $(STAMP) ## Write the stubs in segue/v1 anew from proto/

@@ -26,6 +26,8 @@ class DecodeJob:
     block_hashes: list[bytes]
     # Of the prefix cache that the sequence may share.
     cache_salt: bytes = b""
+    # See segue.jobs.Job.
+    traceparent: str = ""
     num_published_blocks: int = 0
     # The tickets; must be fenced before the blocks are given back.
     reservation: Reservation | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
@@ -20,13 +21,16 @@ from decode_worker.job import DecodeJob
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step import Chunk
+from kv_transfer.account import TransferAccount
 from kv_transfer.handover import HandOver, Receiver, Reservation, Sender
 from kv_transfer.incoming import Arrival
 from segue.errors import InternalError, InvalidRequest, SegueError, TransferError, TransferRefused
+from segue.histogram import Histogram
 from segue.jobs import JobTable
 from segue.prefix import block_hashes
 from segue.runtime import Wakeups
 from segue.sampling import GeneratedToken
+from segue.tracing import Spans
 from segue.v1 import worker_pb2 as pb
 from segue.v1.inference_pb2 import WorkerLoad
 from segue.v1.transfer_pb2 import Ticket
@@ -34,6 +38,8 @@ from segue.wire import finish_reason_to_pb, sampling_from_pb, token_to_pb
 from segue.worker_link import RouterLink
 
 logger = logging.getLogger(__name__)
+
+_STEP_SEQUENCES_BOUNDS = tuple(float(2**power) for power in range(11))
 
 
 class DecodeService:
@@ -45,6 +51,8 @@ class DecodeService:
         receiver: Receiver,
         sender: Sender,
         wakeups: Wakeups,
+        transfers: TransferAccount,
+        spans: Spans,
         *,
         worker_id: str,
         max_sequences: int,
@@ -54,6 +62,8 @@ class DecodeService:
         self._receiver = receiver
         self._sender = sender
         self._wakeups = wakeups
+        self._transfers = transfers
+        self._spans = spans
         self._wake = wakeups.listener()
         self._worker_id = worker_id
         self._jobs: JobTable[DecodeJob] = JobTable()
@@ -62,7 +72,7 @@ class DecodeService:
         self._batch = DecodeBatch(engine.pool, engine.layout, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
         self._num_decoded_tokens = 0
         self._num_hit_tokens = 0
-        self._num_failed_transfers = 0
+        self._step_sequences = Histogram(_STEP_SEQUENCES_BOUNDS)
 
     # Leg
 
@@ -84,7 +94,8 @@ class DecodeService:
         load.decode_sequences += len(self._jobs)
         load.decoded_tokens += self._num_decoded_tokens
         load.prefix_hit_tokens += self._num_hit_tokens
-        load.failed_transfers += self._num_failed_transfers
+        load.prefix_hits["decode"] = self._num_hit_tokens
+        load.decode_step_sequences.CopyFrom(self._step_sequences.to_pb())
         load.preemptions += self._batch.num_preemptions
 
     @property
@@ -110,6 +121,7 @@ class DecodeService:
         job = DecodeJob(
             key=message.key,
             link=link,
+            traceparent=message.traceparent,
             sequence=Sequence(
                 message.key.sequence_id, token_ids, sampling, num_prompt_tokens=len(token_ids) - message.num_output_tokens
             ),
@@ -127,7 +139,8 @@ class DecodeService:
             await job.admitted
             reservation = job.reservation = await self._reserve(job)
             job.link.send(pb.LinkResponse(decode_reserved=pb.DecodeReserved(key=job.key, tickets=reservation.tickets)))
-            arrival = await reservation.arrival()
+            with self._spans.below(job.traceparent, "receive KV"):
+                arrival = await reservation.arrival()
             cached_tokens = self._take_over(job, arrival)
             reservation.accept()
             job.link.send(
@@ -140,9 +153,11 @@ class DecodeService:
                     )
                 )
             )
-            await job.finished
+            with self._spans.below(job.traceparent, "decode steps"):
+                await job.finished
         except SegueError as error:
-            self._num_failed_transfers += isinstance(error, TransferError)
+            if isinstance(error, TransferError):
+                self._transfers.failed(error)
             job.link.send_failed(job.key, error)
 
     async def _reserve(self, job: DecodeJob) -> Reservation:
@@ -164,6 +179,7 @@ class DecodeService:
         lease, layout = job.sequence.lease, self._engine.layout
         assert lease is not None
         cached = lease.block_ids[: lease.num_cached]
+        begun_s = time.monotonic()
         try:
             job.returned = await HandOver.open(self._sender, tickets)
             wanted = job.returned.wanted
@@ -171,9 +187,9 @@ class DecodeService:
                 raise TransferRefused(f"prefill wants blocks {wanted}, of which decode has fewer")
             for layer in range(layout.num_layers):
                 job.returned.send(layer, cached, wanted)
-            await job.returned.commit(0, ())
+            self._transfers.sent(await job.returned.commit(0, ()), time.monotonic() - begun_s)
         except TransferError as error:
-            self._num_failed_transfers += 1
+            self._transfers.failed(error)
             logger.warning("cannot send prefill what it lacks of %s: %s", job.sequence.key, error.message)
         finally:
             if job.returned is not None:
@@ -244,6 +260,7 @@ class DecodeService:
                 await self._wake.wait()
                 self._wake.clear()
                 continue
+            self._step_sequences.observe(len(step))
             tokens = await self._compute(step)
             self._settle([job for job, _ in step], tokens)
 

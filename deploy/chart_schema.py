@@ -10,13 +10,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from segue.config import EngineSettings, RouterSettings, Settings, WorkerSettings, parse_bytes, parse_names
+from segue.config import (
+    EngineSettings,
+    ObservabilitySettings,
+    RouterSettings,
+    Settings,
+    WorkerSettings,
+    parse_bytes,
+    parse_names,
+)
 
 SCHEMA = Path(__file__).parent / "helm/segue/values.schema.json"
 # What the chart sets by itself, from other values.
 _OF_CLUSTER = ("cluster_id", "redis", "cluster_secret", "host", "http_port", "grpc_port", "model", "model_dir", "model_name")
-_OF_ROUTER = (*_OF_CLUSTER, "router_id", "shares_ports", "drain_s", "api_keys_file", "tls_cert", "tls_key", "tls_client_ca")
-_OF_WORKER = (*_OF_CLUSTER, "drain_s", "kv_port", "health_port", "worker_id", "roles", "rank", "group")
+_OF_ALL = (*_OF_CLUSTER, *ObservabilitySettings.model_fields)
+_OF_ROUTER = (*_OF_ALL, "router_id", "shares_ports", "drain_s", "api_keys_file", "tls_cert", "tls_key", "tls_client_ca")
+_OF_WORKER = (*_OF_ALL, "drain_s", "kv_port", "health_port", "worker_id", "roles", "rank", "group")
 # A pool cannot differ in these from what its pods' volumes and network policies are made for.
 _OF_ENGINE = ("device", "prefill_tp", "decode_tp", "kv_transport")
 
@@ -25,6 +34,7 @@ def settings_schemas() -> dict[str, Any]:
     """By name in `$defs`, the settings that each part of the chart's values takes."""
     return {
         "engineSettings": _schema(EngineSettings, ()),
+        "observabilitySettings": _schema(ObservabilitySettings, ()),
         "routerSettings": _schema(RouterSettings, _OF_ROUTER),
         "workerSettings": _schema(WorkerSettings, (*_OF_WORKER, *_OF_ENGINE)),
     }

@@ -39,6 +39,7 @@ from segue.errors import ConfigError, DeadlineExceeded, InternalError
 from segue.membership import Membership
 from segue.models.store import ModelHandle, resolve
 from segue.paths import logs_dir
+from segue.pools import PoolStore
 from segue.runtime import background
 
 # A large model on a slow disk takes minutes to load.
@@ -97,6 +98,7 @@ class Launch:
         membership = await enter(Membership(redis, cluster_id))
         await membership.list_workers()  # a store that does not answer is told now
         self._report(Stage("store", "done", "embedded Valkey" if valkey else "the given Redis"))
+        settings = await self._scaled(settings, redis, cluster_id)
         model = await self._resolve_model()
         check_model(settings, model)
         workers = plan_workers(settings, cluster_id=cluster_id, redis=redis, model=model, num_cores=usable_cores())
@@ -126,6 +128,17 @@ class Launch:
             return self._settings.redis, None
         valkey = await self._stack.enter_async_context(embedded_valkey(logs / "valkey.log"))
         return valkey.url, valkey.child
+
+    async def _scaled(self, settings: ClusterSettings, redis: str, cluster_id: str) -> ClusterSettings:
+        """With as many workers as segue scale asked for in an earlier life of the cluster."""
+        async with PoolStore(redis, cluster_id) as pools:
+            wanted = await pools.wanted()
+        if wanted is None or settings.colocated:
+            return settings
+        self._report(
+            Stage("store", "done", f"segue scale asked for prefill={wanted.prefill} decode={wanted.decode}, which holds")
+        )
+        return settings.model_copy(update={"prefill": wanted.prefill, "decode": wanted.decode})
 
     async def _resolve_model(self) -> ModelHandle:
         loop = asyncio.get_running_loop()

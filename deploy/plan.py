@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
+from typing import Any
 
 from deploy.ray_driver import DriverPlan
-from segue.config import LOOPBACK_NAMES, ClusterSettings, DoorSettings, EngineSettings, Role, RouterSettings, WorkerSettings
+from segue.config import (
+    LOOPBACK_NAMES,
+    ClusterSettings,
+    DoorSettings,
+    EngineSettings,
+    ObservabilitySettings,
+    Role,
+    RouterSettings,
+    WorkerSettings,
+)
 from segue.errors import ConfigError
 from segue.models.config import ModelConfig
 from segue.models.store import ModelHandle
+from segue.pools import pool_roles
 
 
 def worker_names(settings: ClusterSettings) -> dict[str, tuple[Role, ...]]:
     """Worker ids and their roles. Colocated, one worker stands for a prefill and a decode worker."""
     if settings.colocated:
         return {f"worker-{i}": ("prefill", "decode") for i in range(max(settings.prefill, settings.decode))}
-    names: dict[str, tuple[Role, ...]] = {f"prefill-{i}": ("prefill",) for i in range(settings.prefill)}
-    return names | {f"decode-{i}": ("decode",) for i in range(settings.decode)}
+    return pool_roles(settings.prefill, settings.decode)
 
 
 def num_processes(settings: ClusterSettings) -> int:
@@ -38,6 +48,7 @@ def plan_workers(
     return [
         WorkerSettings(
             **engine,
+            **_observability(settings),
             cluster_id=cluster_id,
             cluster_secret=settings.cluster_secret,
             redis=redis,
@@ -57,6 +68,7 @@ def plan_router(
     door = {name: path.absolute() for name in DoorSettings.model_fields if (path := getattr(settings, name)) is not None}
     return RouterSettings(
         **door,
+        **_observability(settings),
         router_id=f"router-{number}",
         shares_ports=settings.routers > 1,
         cluster_id=cluster_id,
@@ -71,6 +83,10 @@ def plan_router(
         disaggregate=settings.disaggregate,
         max_wait_s=settings.max_wait_s,
     )
+
+
+def _observability(settings: ClusterSettings) -> dict[str, Any]:
+    return settings.model_dump(include=set(ObservabilitySettings.model_fields))
 
 
 def plan_driver(settings: ClusterSettings, workers: list[WorkerSettings], *, cluster_id: str, entry: str) -> DriverPlan:

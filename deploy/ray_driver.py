@@ -12,15 +12,24 @@ import json
 import secrets
 import sys
 import time
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deploy.replica import Outcome, Replica
+from deploy.scaling import Scaling
 from segue.config import WorkerSettings
-from segue.runtime import stop_event
+from segue.membership import Membership
+from segue.pools import PoolStore
+from segue.runtime import background, stop_event
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+# A resource of the local Ray, of which every actor takes one and there is always enough: the cores there are do not limit how
+# many workers share them.
+_SLOT, _NUM_SLOTS = "segue_slot", 10_000
+_HELPERS = ("start_monitor", "start_log_monitor", "start_api_server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +74,79 @@ class Supervisor:
 
     A replica is one actor, or one for each of its tensor-parallel ranks, in one placement group. Ray itself starts a lone actor
     again that died. Ranks are of no use without each other: when one ends, whichever way, the others are ended as well, and all
-    start anew.
+    start anew. Implements deploy.scaling.Replicas.
     """
 
     def __init__(self, ray: Any, plan: DriverPlan) -> None:
         self._ray = ray
         self._plan = plan
         self._workers = plan.worker_settings()
+        # By worker id, until the replica has left for good.
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Those for which Ray has found room.
+        self._placed: set[str] = set()
 
     async def run(self) -> None:
         """Until SIGTERM; every replica is then ended."""
         stop = stop_event()
-        tasks = [asyncio.create_task(self._supervise(worker)) for worker in self._workers]
+        for worker in self._workers:
+            self._keep(worker)
         say("serving", address=self._ray.get_runtime_context().gcs_address)
         try:
-            await stop.wait()
+            async with self._scaling():
+                await stop.wait()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for worker_id in self.running:
+                self.end(worker_id)
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    @asynccontextmanager
+    async def _scaling(self) -> AsyncIterator[None]:
+        """Follows what operators ask for. A colocated cluster has one pool, which nobody can ask for."""
+        first = self._workers[0]
+        if len(first.roles) > 1:
+            yield
+            return
+        async with (
+            Membership(first.redis, first.cluster_id) as membership,
+            PoolStore(first.redis, first.cluster_id) as store,
+            background(Scaling(self, membership, store, first.secret).run()),
+        ):
+            yield
+
+    @property
+    def running(self) -> Collection[str]:
+        return tuple(self._tasks)
+
+    def start(self, worker_id: str) -> None:
+        """As the plan's workers of that role are."""
+        self._keep(self._like(worker_id).model_copy(update={"worker_id": worker_id}))
+
+    def _like(self, worker_id: str) -> WorkerSettings:
+        """A worker of the plan that has the role of this one."""
+        role = worker_id.partition("-")[0]
+        return next(worker for worker in self._workers if role in worker.roles)
+
+    def _keep(self, worker: WorkerSettings) -> None:
+        task = self._tasks[worker.worker_id] = asyncio.create_task(self._supervise(worker))
+        task.add_done_callback(lambda _: self._tasks.pop(worker.worker_id))
+
+    def end(self, worker_id: str) -> None:
+        self._tasks[worker_id].cancel()
+
+    def what_is_missing(self, worker_ids: Iterable[str]) -> str:
+        waiting = [worker_id for worker_id in worker_ids if worker_id in self._tasks and worker_id not in self._placed]
+        if not waiting:
+            return ""
+        takes = self._resources(self._like(waiting[0]))
+        try:
+            free = self._ray.available_resources()
+        except self._ray.exceptions.RayError:  # its head does not answer
+            return ""
+        return (
+            f"Ray has no room yet for {', '.join(waiting)}: a rank of {waiting[0]} takes {_amounts(takes)}, and free in the "
+            f"whole cluster are {_amounts({name: free.get(name, 0) for name in takes})}"
+        )
 
     async def _supervise(self, worker: WorkerSettings) -> None:
         """Until the replica left for good."""
@@ -106,10 +169,18 @@ class Supervisor:
         """Until its run returns; Ray restarts a process that died."""
         strategy = "SPREAD" if self._plan.spread else "DEFAULT"
         actor = self._start(worker, max_restarts=-1, max_task_retries=-1, scheduling_strategy=strategy)
+        placing = asyncio.create_task(self._note_placed(worker, actor))
         try:
             return await self._outcome(actor.run.remote(self._plan.entry))
         finally:
+            placing.cancel()
+            self._placed.discard(worker.worker_id)
             self._ray.kill(actor)
+
+    async def _note_placed(self, worker: WorkerSettings, actor: Any) -> None:
+        with suppress(self._ray.exceptions.RayError):
+            await actor.__ray_ready__.remote()
+            self._placed.add(worker.worker_id)
 
     async def _run_ranks(self, worker: WorkerSettings) -> Outcome:
         """Until the first of them ends; then none is left."""
@@ -121,6 +192,7 @@ class Supervisor:
         runs: list[asyncio.Task[Outcome]] = []
         try:
             await placement.ready()
+            self._placed.add(worker.worker_id)
             for rank in range(worker.num_ranks):
                 strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
                     placement, placement_group_bundle_index=rank
@@ -133,6 +205,7 @@ class Supervisor:
             # The others end with rank 0, which alone knows what comes next.
             return await runs[0] if outcome["drained"] else outcome
         finally:
+            self._placed.discard(worker.worker_id)
             for run in runs:
                 run.cancel()
             for actor in actors:
@@ -151,16 +224,23 @@ class Supervisor:
 
     def _start(self, worker: WorkerSettings, **options: Any) -> Any:
         resources = self._resources(worker)
-        num_cpus, num_gpus = resources.pop("CPU"), resources.pop("GPU", 0)
+        num_cpus, num_gpus = resources.pop("CPU", 0), resources.pop("GPU", 0)
         make = self._ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, resources=resources, max_concurrency=1, **options)(
             Replica
         )
         return make.remote(worker.model_dump_json(), self._plan.spread)
 
     def _resources(self, worker: WorkerSettings) -> dict[str, float]:
-        """Of one actor. A local Ray was given a slot for each; on a real cluster they take the cores that they keep busy."""
+        """Of one actor. On a real cluster they take the cores that they keep busy."""
+        if not self._plan.ray_address:
+            return {_SLOT: 1.0, **_gpus(worker)}
         custom = self._plan.decode_resources if worker.only_decodes else self._plan.prefill_resources
-        return custom | {"CPU": worker.threads if self._plan.spread else 1} | _gpus(worker)
+        threads = worker.threads or self._fair_threads()
+        return custom | {"CPU": threads if self._plan.spread else 1} | _gpus(worker)
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def _gpus(worker: WorkerSettings) -> dict[str, int]:
@@ -173,16 +253,39 @@ def init_ray(ray: Any, plan: DriverPlan) -> None:
     common = {"namespace": f"segue-{plan.cluster_id}", "log_to_driver": False, "logging_level": "warning"}
     if plan.ray_address:
         ray.init(address=plan.ray_address, **common)
-    else:
+        return
+    with _without_helpers(ray):
         ray.init(
             address="local",
+            # So many processes are begun at once, to become the actors.
             num_cpus=sum(worker.num_ranks for worker in workers),
+            resources={_SLOT: _NUM_SLOTS},
             num_gpus=sum(worker.num_ranks * _gpus(worker).get("GPU", 0) for worker in workers),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             _temp_dir=plan.temp_dir,
             **common,
         )
+
+
+@contextmanager
+def _without_helpers(ray: Any) -> Iterator[None]:
+    """Leaves out what a Ray of one host has no use for: autoscaler, log collector, and the API server that remains of the
+    dashboard without a dashboard, for which ray.init waits. It has no switch for them. A Ray in which these names are others
+    starts them, and is only slower; test_launch tells of it."""
+    node = ray._private.node.Node  # noqa: SLF001
+    kept = {name: getattr(node, name) for name in _HELPERS if hasattr(node, name)}
+    for name in kept:
+        setattr(node, name, _start_nothing)
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(node, name, method)
+
+
+def _start_nothing(_node: Any, **_: Any) -> None:
+    pass
 
 
 def main() -> int:

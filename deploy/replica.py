@@ -11,7 +11,6 @@ import importlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypedDict
@@ -19,8 +18,10 @@ from typing import TypedDict
 from deploy.processes import limit_threads
 from segue.config import WorkerSettings
 from segue.errors import SegueError
+from segue.logs import set_up_logging
 from segue.paths import logs_dir
-from segue.runtime import LOG_FORMAT
+
+logger = logging.getLogger(__name__)
 
 START_MARK = "=== segue worker"
 
@@ -56,17 +57,17 @@ class Replica:
         self._settings = settings.model_copy(update={"host": _node_address()}) if spread else settings
         limit_threads(self._settings.threads)
         _redirect_output(worker_log(self._settings.cluster_id, self._settings.worker_id, self._settings.rank))
-        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT, force=True)
+        set_up_logging(self._settings.log_format, worker_id=self._settings.worker_id)
 
     def run(self, entry: str) -> Outcome:
         """Serves through `entry` ("module:coroutine function", which says whether to start it anew) until told to stop."""
         import uvloop
 
-        sys.stderr.write(f"{START_MARK} {self._settings.worker_id}, pid {os.getpid()}, {time.strftime('%FT%T%z')}\n")
+        logger.info("%s %s, pid %d", START_MARK, self._settings.worker_id, os.getpid())
         try:
             again = uvloop.run(_serve(entry, self._settings))
         except SegueError as error:
-            logging.getLogger(__name__).error("%s", error.message)
+            logger.error("%s", error.message)
             return Outcome(drained=False, again=True, code=error.code, error=error.message)
         return Outcome(drained=True, again=again, code="", error="")
 

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from deploy.ranks import Meeting, remote_ranks, run_rank
 from deploy.worker_health import health_served
 from deploy.worker_parts import kv_ends, load_engine
 from engine.engine import Engine
+from kv_transfer.account import TransferAccount
 from kv_transfer.handover import Receiver, Sender
 from kv_transfer.ranks import RankedReceiver, RankedSender, RemoteRank
 from kv_transfer.receiver import KVReceiver
@@ -34,8 +36,11 @@ from segue.cluster_secret import differing_secret
 from segue.config import WorkerSettings
 from segue.errors import ConfigError
 from segue.link_tls import LinkCredentials
+from segue.logs import set_up_logging
 from segue.membership import Membership, held_lease
+from segue.otel import exported_spans
 from segue.runtime import Wakeups, background, run_process, say_serving, stop_event
+from segue.tracing import Spans
 from segue.v1 import worker_pb2
 from segue.v1.inference_pb2 import WorkerLoad
 from segue.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
@@ -79,7 +84,8 @@ async def serving_worker(settings: WorkerSettings) -> AsyncIterator[Worker]:
         stack.callback(memory.close)
         stack.callback(engine.close)
         ranks = await stack.enter_async_context(remote_ranks(meeting, settings)) if meeting is not None else []
-        worker = Worker(settings, engine, memory, ranks, epoch)
+        spans = await stack.enter_async_context(exported_spans(settings, "segue-worker", settings.worker_id))
+        worker = Worker(settings, engine, memory, ranks, epoch, spans)
         await stack.enter_async_context(worker.legs())
         await stack.enter_async_context(worker.server())
         await stack.enter_async_context(held_lease(membership, worker.record, settings.member_lease_ms))
@@ -98,10 +104,13 @@ class Worker:
     # Those after the first, which this is.
     ranks: list[RemoteRank]
     epoch: int
+    spans: Spans
     address: str = ""
     active_legs: list[Leg] = field(default_factory=list)
     # This process's own; further ranks have theirs.
     kv_ends: list[KVReceiver | KVSender] = field(default_factory=list)
+    transfers: TransferAccount = field(default_factory=TransferAccount)
+    started_unix_s: float = field(default_factory=time.time)
     # Set while `server` runs.
     duty: Duty = field(init=False)
 
@@ -119,6 +128,8 @@ class Worker:
                 receiver,
                 sender,
                 wakeups,
+                self.transfers,
+                self.spans,
                 worker_id=settings.worker_id,
                 max_sequences=settings.max_batch,
                 max_step_tokens=settings.max_prefill_tokens,
@@ -128,6 +139,8 @@ class Worker:
                 sender,
                 receiver,
                 wakeups,
+                self.transfers,
+                self.spans,
                 max_step_tokens=settings.max_prefill_tokens,
                 pulls=settings.kv_pull,
             )
@@ -171,6 +184,7 @@ class Worker:
             roles=self.duty.roles,
             possible_roles=settings.possible_roles,
             roles_until_unix_s=self.duty.roles_until_unix_s,
+            started_unix_s=self.started_unix_s,
             address=self.address,
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -202,6 +216,7 @@ class Worker:
             decode_ms_per_step=decode_ms_per_step,
             decode_ms_per_sequence=decode_ms_per_sequence,
         )
+        self.transfers.add_load(load)
         for leg in self.active_legs:
             leg.add_load(load)
         return load
@@ -221,7 +236,9 @@ async def _tell_of_other_secrets(membership: Membership, own: worker_pb2.WorkerR
 
 async def main() -> None:
     # Whatever keeps this process starts it anew, or does not.
-    await run_worker(WorkerSettings.load())
+    settings = WorkerSettings.load()
+    set_up_logging(settings.log_format, worker_id=settings.worker_id)
+    await run_worker(settings)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class PrefillJob:
     outgoing: OutgoingKV
     # Tensor-parallel ranks of the decode worker.
     num_decode_ranks: int
+    # See segue.jobs.Job.
+    traceparent: str = ""
     cached_tokens: int = 0
     # On the monotonic clock: when it came, and when it was first computed.
     arrived_s: float = field(default_factory=time.monotonic)

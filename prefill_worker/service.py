@@ -22,15 +22,18 @@ from contextlib import suppress
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step import Chunk
+from kv_transfer.account import TransferAccount
 from kv_transfer.handover import HandOver, Receiver, Reservation, Sender
 from prefill_worker.job import PrefillJob
 from prefill_worker.outgoing import OutgoingKV
 from prefill_worker.scheduling import plan_chunks, plan_pull
 from segue.errors import InternalError, InvalidRequest, SegueError, TransferError
+from segue.histogram import Histogram
 from segue.jobs import JobTable
 from segue.prefix import block_hashes
 from segue.runtime import Wakeups
 from segue.sampling import GeneratedToken
+from segue.tracing import Spans
 from segue.v1 import worker_pb2 as pb
 from segue.v1.inference_pb2 import WorkerLoad
 from segue.v1.transfer_pb2 import Ticket
@@ -41,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 # A decode worker that has room grants tickets within a few milliseconds; one that has none is not waited for.
 _TICKET_PATIENCE_S = 0.2
+_STEP_TOKENS_BOUNDS = tuple(float(2**power) for power in range(15))
 
 
 class PrefillService:
@@ -52,6 +56,8 @@ class PrefillService:
         sender: Sender,
         receiver: Receiver,
         wakeups: Wakeups,
+        transfers: TransferAccount,
+        spans: Spans,
         *,
         max_step_tokens: int,
         pulls: bool,
@@ -60,6 +66,8 @@ class PrefillService:
         self._sender = sender
         self._receiver = receiver
         self._wakeups = wakeups
+        self._transfers = transfers
+        self._spans = spans
         self._wake = wakeups.listener()
         self._max_step_tokens = max_step_tokens
         self._pulls = pulls
@@ -70,8 +78,8 @@ class PrefillService:
         self._computing: list[PrefillJob] = []
         self._num_prefilled_tokens = 0
         self._num_hit_tokens = 0
-        self._num_transferred_bytes = 0
-        self._num_failed_transfers = 0
+        self._num_pulled_tokens = 0
+        self._step_tokens = Histogram(_STEP_TOKENS_BOUNDS)
 
     # Leg
 
@@ -94,8 +102,9 @@ class PrefillService:
         load.queued_tokens += sum(self._num_to_compute(job) for job in self._waiting)
         load.prefilled_tokens += self._num_prefilled_tokens
         load.prefix_hit_tokens += self._num_hit_tokens
-        load.transferred_bytes += self._num_transferred_bytes
-        load.failed_transfers += self._num_failed_transfers
+        load.prefix_hits["prefill"] = self._num_hit_tokens
+        load.prefix_hits["prefill_from_decode"] = self._num_pulled_tokens
+        load.prefill_step_tokens.CopyFrom(self._step_tokens.to_pb())
 
     def _num_to_compute(self, job: PrefillJob) -> int:
         """Of a prompt that waits: what its lease would not find in the cache, were it granted now."""
@@ -130,6 +139,7 @@ class PrefillService:
         job = PrefillJob(
             key=message.key,
             link=link,
+            traceparent=message.traceparent,
             sequence=Sequence(
                 message.key.sequence_id, token_ids, sampling, num_prompt_tokens=len(token_ids) - message.num_output_tokens
             ),
@@ -145,6 +155,7 @@ class PrefillService:
     async def _serve(self, job: PrefillJob) -> None:
         try:
             token = await job.first_token
+            self._tell_computed(job)
             finish_reason = job.sequence.append(token)
             job.link.send(
                 pb.LinkResponse(
@@ -163,13 +174,22 @@ class PrefillService:
                 await self._hand_over(job, token)
                 job.link.send(pb.LinkResponse(prefill_released=pb.PrefillReleased(key=job.key)))
         except SegueError as error:
-            self._num_failed_transfers += isinstance(error, TransferError)
+            if isinstance(error, TransferError):
+                self._transfers.failed(error)
             job.link.send_failed(job.key, error)
+
+    def _tell_computed(self, job: PrefillJob) -> None:
+        if job.computed_s is not None:
+            num_tokens = job.sequence.num_initial_tokens - job.cached_tokens - job.pulled_tokens
+            self._spans.add_below(job.traceparent, "compute prompt", job.computed_s, {"segue.tokens": num_tokens})
 
     async def _hand_over(self, job: PrefillJob, token: GeneratedToken) -> None:
         hand_over = await job.hand_over
         assert job.sequence.lease is not None
-        self._num_transferred_bytes += await hand_over.commit(token.token_id, job.sequence.lease.block_ids)
+        num_bytes = await hand_over.commit(token.token_id, job.sequence.lease.block_ids)
+        if num_bytes and job.outgoing.first_sent_s is not None:  # else nothing travelled: one worker, or decode had it all
+            self._transfers.sent(num_bytes, job.sending_s)
+            self._spans.add_below(job.traceparent, "send KV", job.outgoing.first_sent_s, {"segue.bytes": num_bytes})
 
     async def _release(self, job: PrefillJob) -> None:
         """Takes the job out of every queue, waits until nothing writes or reads its blocks, and gives them back."""
@@ -219,6 +239,7 @@ class PrefillService:
                 self._wake.clear()
                 continue
             jobs = self._computing[: len(sizes)]
+            self._step_tokens.observe(sum(sizes))
             tokens = await self._compute(jobs, sizes)
             self._settle(jobs, tokens)
 
@@ -277,11 +298,12 @@ class PrefillService:
             await job.pulled.arrival()
             job.pulled.accept()
         except TransferError as error:
-            self._num_failed_transfers += 1
+            self._transfers.failed(error)
             logger.warning("computing anew what decode could not send of %s: %s", sequence.key, error.message)
         else:
             num_tokens = blocks.stop * layout.block_size
             job.pulled_tokens, sequence.num_computed = num_tokens - sequence.num_computed, num_tokens
+            self._num_pulled_tokens += job.pulled_tokens
             self._publish(job)
             job.outgoing.begin(sequence.lease.block_ids, num_tokens)
         if job.pulled is not None:

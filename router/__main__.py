@@ -4,11 +4,14 @@ import sys
 
 from router.app import run_router
 from segue.config import RouterSettings
+from segue.logs import set_up_logging
 from segue.runtime import run_process
 
 
 async def main() -> None:
-    await run_router(RouterSettings.load())
+    settings = RouterSettings.load()
+    set_up_logging(settings.log_format, router_id=settings.router_id)
+    await run_router(settings)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from router.workers import Workers
 from segue.config import LOOPBACK_NAMES, RouterSettings
 from segue.membership import Membership, held_lease
 from segue.models.config import ModelConfig
+from segue.otel import exported_spans
+from segue.pools import PoolStore
 from segue.quota_store import QuotaStore
 from segue.runtime import say_serving, stop_event
 from segue.v1 import worker_pb2
@@ -73,7 +75,9 @@ async def serving_router(settings: RouterSettings) -> AsyncIterator[Front]:
             )
             async with (
                 _quotas(settings) as quotas,
-                Front(settings, tokenizer, model_config, coordinator, Operations(workers), quotas) as front,
+                exported_spans(settings, "segue-router", router_id) as spans,
+                PoolStore(settings.redis, settings.cluster_id) as pools,
+                Front(settings, tokenizer, model_config, coordinator, Operations(workers, pools), quotas, spans) as front,
             ):
                 record = worker_pb2.RouterRecord(
                     router_id=router_id,

@@ -7,17 +7,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from router.placement import Placed
-from router.sequence import SequencePath, SequenceRequest, TokenStep
+from router.sequence import SequencePath, SequenceRequest, TokenStep, attempt_name
 from router.workers import LineEvent
 from segue.errors import DeadlineExceeded, SegueError
 from segue.lifecycle import Phase
+from segue.tracing import TraceContext
 from segue.v1 import worker_pb2
 from segue.wire import finish_reason_from_pb, sampling_to_pb, token_from_pb
 
 
 class Attempt:
     """`token_ids` are the prompt and what was generated of the answer in earlier attempts; `deadline_s` is on the loop's
-    clock."""
+    clock; `trace` is of the request."""
 
     def __init__(
         self,
@@ -26,6 +27,7 @@ class Attempt:
         placed: Placed,
         path: SequencePath,
         deadline_s: float,
+        trace: TraceContext | None = None,
     ) -> None:
         self._request = request
         self._token_ids = token_ids
@@ -35,6 +37,8 @@ class Attempt:
         self._path = path
         self._deadline_s = deadline_s
         self._key = worker_pb2.SequenceKey(sequence_id=request.sequence_id, attempt=path.attempts)
+        span = None if trace is None else trace.child(attempt_name(request.sequence_id, path.attempts))
+        self._traceparent = "" if span is None else span.traceparent
         self._events: asyncio.Queue[LineEvent] = asyncio.Queue()
         # The workers' links are two streams: decode tokens may overtake the first token, and wait for it here.
         self._first_token_s: float | None = None
@@ -75,6 +79,7 @@ class Attempt:
                 num_prefill_ranks=self._prefill.record.num_ranks,
                 num_output_tokens=self._num_output_tokens,
                 cache_salt=salt,
+                traceparent=self._traceparent,
             )
             self._decode.send(worker_pb2.LinkRequest(reserve_decode=reserve))
         start = worker_pb2.StartPrefill(
@@ -85,6 +90,7 @@ class Attempt:
             num_decode_ranks=self._decode.record.num_ranks,
             num_output_tokens=self._num_output_tokens,
             cache_salt=salt,
+            traceparent=self._traceparent,
         )
         self._prefill.send(worker_pb2.LinkRequest(start_prefill=start))
 

@@ -24,6 +24,7 @@ from router.sequence import FailedAttempt, SequencePath, SequenceRequest, TokenS
 from router.workers import Workers
 from segue.errors import NoWorker, SegueError, TransferError, error_from_code
 from segue.lifecycle import Phase
+from segue.tracing import CURRENT_TRACE
 from segue.v1 import inference_pb2
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class Coordinator:
                 while not path.lifecycle.is_over:
                     placed = await self._place(serving)
                     try:
-                        attempt = Attempt(request, tuple(serving.token_ids), placed, path, serving.deadline_s)
+                        trace, token_ids = CURRENT_TRACE.get(), tuple(serving.token_ids)
+                        attempt = Attempt(request, token_ids, placed, path, serving.deadline_s, trace)
                         with placed, attempt.lines():
                             attempt.dispatch()
                             while not path.lifecycle.is_over:
@@ -129,7 +131,14 @@ class Coordinator:
             raise error
         if path.attempts >= self._max_attempts:
             raise error_from_code(error.code, f"all {path.attempts} attempts failed, the last one: {error.message}") from error
-        logger.info("%s: attempt %d failed, trying others: %s", serving.request.sequence_id, path.attempts, error.message)
+        sequence_id = serving.request.sequence_id
+        logger.info(
+            "%s: attempt %d failed, trying others: %s",
+            sequence_id,
+            path.attempts,
+            error.message,
+            extra={"sequence_id": sequence_id},
+        )
         if isinstance(error, TransferError):
             serving.suspects |= {path.prefill_worker, path.decode_worker}
         path.failed_attempts.append(FailedAttempt(path.prefill_worker, path.decode_worker, error))

@@ -10,6 +10,7 @@ from segue.errors import SegueError
 from segue.lifecycle import Phase
 from segue.sampling import FinishReason, GeneratedToken
 from segue.v1 import inference_pb2 as pb
+from segue.v1.operator_pb2 import ScaleWorkersResponse
 from segue.v1.worker_pb2 import Departure
 
 # A step is given out, an error is raised, an event is waited for.
@@ -114,6 +115,10 @@ class FakeOperator:
     async def set_role(self, worker_id: str, role: str, lease_s: float, *, force: bool) -> pb.WorkerStatus:
         self.asked.append(("set_role", worker_id, role, lease_s, force))
         return pb.WorkerStatus(worker_id=worker_id, roles=[role], state="ready")
+
+    async def scale(self, prefill: int | None, decode: int | None) -> ScaleWorkersResponse:
+        self.asked.append(("scale", prefill, decode))
+        return ScaleWorkersResponse(prefill=prefill or 1, decode=decode or 1, starting=["decode-1"], problem="no room")
 
 
 def _advance(path: SequencePath) -> None:

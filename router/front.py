@@ -33,10 +33,12 @@ from router.sequence import SequenceServer
 from router.service import Service
 from router.text import Tokenizer
 from router.tls import ServerTls, TlsFiles
+from router.tracing import RequestTracing
 from segue.config import RouterSettings
 from segue.errors import ConfigError, ModelFileError
 from segue.models.config import ModelConfig
 from segue.runtime import background
+from segue.tracing import NO_SPANS, Spans
 
 
 class Front:
@@ -50,6 +52,7 @@ class Front:
         server: SequenceServer,
         operator: Operator,
         quotas: Quotas | None = None,
+        spans: Spans = NO_SPANS,
     ) -> None:
         """Raises ModelFileError when the tokenizer makes tokens that the model does not have, ConfigError for files of keys or
         certificates that are no good."""
@@ -66,7 +69,8 @@ class Front:
         self._exits = AsyncExitStack()
         self._http_port = self._grpc_port = 0
         self.metrics = Metrics(server)
-        self.records = Records()
+        tracing = RequestTracing(spans, settings.trace_ratio)
+        self.records = Records(on_over=tracing.over)
         self.readiness = Readiness(
             server, model_config.bos_token_id or 0, lambda: self.metrics.last_decoded_s, self.metrics.clock
         )
@@ -82,6 +86,7 @@ class Front:
             max_body=settings.max_body,
             stall_limit_s=settings.request_timeout_s,
             quotas=quotas,
+            tracing=tracing,
         )
 
     @property

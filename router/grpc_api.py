@@ -24,7 +24,7 @@ from router.generation import ChoiceOutput, GenerationDone, GenerationEvent
 from router.grpc_health import HEALTH_SERVICE_NAME, add_health
 from router.grpc_options import options_from_pb
 from router.options import GenerationSpec, Seen
-from router.service import Service, new_request_id
+from router.service import Service
 from router.text import ChatMessage
 from segue.errors import InternalError, InvalidRequest, SegueError
 from segue.v1 import inference_pb2 as pb
@@ -86,9 +86,13 @@ class InferenceServicer:
         self._service = service
 
     async def generate(self, data: bytes, context: _Context) -> None:
+        with self._service.arrival(_traceparent(context)) as request_id:
+            await self._generate(request_id, data, context)
+
+    async def _generate(self, request_id: str, data: bytes, context: _Context) -> None:
         async with _errors_abort(context):
             with self._service.metrics.track(_API) as meter:
-                spec = await self._plan(parse(pb.GenerateRequest, data), _deadline_s(context))
+                spec = await self._plan(request_id, parse(pb.GenerateRequest, data), _deadline_s(context))
                 with self._service.records.record(spec.request_id, _API, len(spec.prompt_token_ids)) as record:
                     try:
                         await self._send(context, self._started(spec))
@@ -125,7 +129,7 @@ class InferenceServicer:
         parse(pb.GetClusterStatusRequest, data)
         return self._service.server.status().SerializeToString()
 
-    async def _plan(self, request: pb.GenerateRequest, deadline_s: float | None) -> GenerationSpec:
+    async def _plan(self, request_id: str, request: pb.GenerateRequest, deadline_s: float | None) -> GenerationSpec:
         self._check_model(request.model)
         kind = request.WhichOneof("prompt")
         if kind is None:
@@ -137,7 +141,7 @@ class InferenceServicer:
         names = {"prompt": kind, "logprobs": "num_logprobs"}
         token_ids = await self._prompt_token_ids(request)
         return self._service.build_spec(
-            new_request_id(),
+            request_id,
             token_ids,
             options,
             names,
@@ -178,6 +182,11 @@ class InferenceServicer:
 
     async def _send(self, context: _Context, response: pb.GenerateResponse) -> None:
         await self._service.read_by_client(context.write(response.SerializeToString()))
+
+
+def _traceparent(context: _Context) -> str | None:
+    values = (value for key, value in context.invocation_metadata() or () if key == "traceparent")
+    return next((value for value in values if isinstance(value, str)), None)
 
 
 def _deadline_s(context: _Context) -> float | None:

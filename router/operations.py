@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from router.workers import WorkerLink, Workers
-from segue.errors import DeadlineExceeded, InvalidRequest, WorkerLost
-from segue.v1 import inference_pb2, worker_pb2
+from segue.config import MAX_POOL
+from segue.errors import DeadlineExceeded, InvalidRequest, RequestError, WorkerLost
+from segue.pools import PoolStore
+from segue.v1 import inference_pb2, operator_pb2, worker_pb2
 
 DEFAULT_GRACE_S = 60.0
 _MAX_GRACE_S = 24 * 3600.0
@@ -31,12 +33,16 @@ class Operator(Protocol):
     async def set_role(self, worker_id: str, role: str, lease_s: float, *, force: bool) -> inference_pb2.WorkerStatus:
         """Returns when the worker has the role. `lease_s` is without meaning for its own."""
 
+    async def scale(self, prefill: int | None, decode: int | None) -> operator_pb2.ScaleWorkersResponse:
+        """None: as many as before. Raises RequestError where nobody follows, StoreUnavailable when the store is away."""
+
 
 class Operations:
     """Implements Operator."""
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: Workers, pools: PoolStore) -> None:
         self._workers = workers
+        self._pools = pools
 
     async def drain(
         self, worker_id: str, grace_s: float, departure: worker_pb2.Departure.ValueType, *, force: bool
@@ -69,6 +75,28 @@ class Operations:
             self._check_others(link, [given_up for given_up in link.record.roles if given_up != role], f"becomes {role}")
         set_role = worker_pb2.SetRole(role=role, lease_ms=int(lease_s * 1000))
         return await self._ask(link, worker_pb2.LinkRequest(set_role=set_role), lambda record: list(record.roles) == [role])
+
+    async def scale(self, prefill: int | None, decode: int | None) -> operator_pb2.ScaleWorkersResponse:
+        for field, number in (("prefill", prefill), ("decode", decode)):
+            if number is not None and not 1 <= number <= MAX_POOL:
+                raise InvalidRequest(field, f"must be 1 to {MAX_POOL}, not {number}")
+        if (report := await self._pools.report()) is None:
+            raise RequestError(
+                "nobody follows who could start or end workers: with separate pools, segue up does. On Kubernetes scale the "
+                "pools there (kubectl scale, or the chart's autoscaling)"
+            )
+        wanted = await self._pools.wanted() or report.wanted
+        if prefill is not None or decode is not None:
+            wanted = await self._pools.ask(prefill or wanted.prefill, decode or wanted.decode)
+        is_done = report.wanted.revision == wanted.revision and not (report.starting or report.leaving)
+        return operator_pb2.ScaleWorkersResponse(
+            prefill=wanted.prefill,
+            decode=wanted.decode,
+            done=is_done,
+            starting=report.starting,
+            leaving=report.leaving,
+            problem=report.problem,
+        )
 
     def _link(self, worker_id: str) -> WorkerLink:
         links = {link.record.worker_id: link for link in self._workers.all()}

@@ -24,6 +24,7 @@ def add_operator_service(server: grpc.aio.Server, service: Service, operator: Op
         "DrainWorker": servicer.drain_worker,
         "RestartWorker": servicer.restart_worker,
         "SetWorkerRole": servicer.set_worker_role,
+        "ScaleWorkers": servicer.scale_workers,
     }
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         name: grpc.unary_unary_rpc_method_handler(unary(method)) for name, method in methods.items()
@@ -75,6 +76,12 @@ class OperatorServicer:
         request = parse(pb.SetWorkerRoleRequest, data)
         status = await self._operator.set_role(request.worker_id, request.role, request.lease_s, force=request.force)
         return pb.SetWorkerRoleResponse(worker=status).SerializeToString()
+
+    async def scale_workers(self, data: bytes) -> bytes:
+        request = parse(pb.ScaleWorkersRequest, data)
+        prefill = request.prefill if request.HasField("prefill") else None
+        decode = request.decode if request.HasField("decode") else None
+        return (await self._operator.scale(prefill, decode)).SerializeToString()
 
 
 def _grace_s(request: pb.DrainWorkerRequest | pb.RestartWorkerRequest) -> float:

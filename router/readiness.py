@@ -20,6 +20,7 @@ from typing import Self
 from router.sequence import SequencePath, SequenceRequest, SequenceServer
 from segue.errors import SegueError
 from segue.sampling import SamplingParams
+from segue.tracing import CURRENT_TRACE
 
 FRESH_S = 1.0
 CANARY_LIMIT_S = 5.0
@@ -86,6 +87,8 @@ class Readiness:
         return moment_s is not None and self._clock() - moment_s <= FRESH_S
 
     async def _run_canary(self) -> ReadinessReport:
+        # Nobody asked for it: it is in no trace, even where the one who asks for readiness is.
+        CURRENT_TRACE.set(None)
         report = await self._send_canary()
         self._last = (self._clock(), report)
         return report

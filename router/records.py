@@ -15,6 +15,7 @@ from itertools import islice
 from router.generation import GenerationDone, GenerationEvent
 from router.sequence import SequencePath
 from segue.errors import InternalError, RequestCancelled, SegueError
+from segue.tracing import CURRENT_TRACE
 from segue.v1 import operator_pb2 as pb
 
 MAX_RECORDS = 1000
@@ -31,9 +32,10 @@ class RequestRecord:
         self.paths: dict[str, SequencePath] = {}
         self.error: SegueError | None = None
         self.is_over = False
-        self._api = api
-        self._num_prompt_tokens = num_prompt_tokens
-        self._arrived_unix_s = arrived_unix_s
+        self.api = api
+        self.num_prompt_tokens = num_prompt_tokens
+        self.arrived_unix_s = arrived_unix_s
+        self.trace = CURRENT_TRACE.get()
         self._done: list[GenerationDone] = []
         self._num_outputs_seen = 0
 
@@ -44,34 +46,45 @@ class RequestRecord:
             self._num_outputs_seen += len(event.tokens)
 
     @property
+    def num_output_tokens(self) -> int:
+        """So far; at the end also what a stream that broke had before."""
+        return max(sum(done.num_output_tokens for done in self._done), self._num_outputs_seen)
+
+    @property
     def first_path(self) -> SequencePath | None:
         return next(iter(self.paths.values()), None)
 
-    def _failure(self) -> SegueError | None:
+    @property
+    def failure(self) -> SegueError | None:
         return next((path.error for path in self.paths.values() if path.error is not None), self.error)
 
     def to_pb(self) -> pb.RequestRecord:
-        failure = self._failure()
+        failure = self.failure
         ending = "ok" if self.is_over else "running"
         begun_s = min((path.begun_s for path in self.paths.values()), default=None)
         return pb.RequestRecord(
             request_id=self.request_id,
-            api=self._api,
-            arrived_unix_s=self._arrived_unix_s,
+            api=self.api,
+            arrived_unix_s=self.arrived_unix_s,
             outcome=failure.code if failure is not None else ending,
             error=failure.message if failure is not None else "",
-            num_prompt_tokens=self._num_prompt_tokens,
-            # At the end also what a stream that broke had before.
-            num_output_tokens=max(sum(done.num_output_tokens for done in self._done), self._num_outputs_seen),
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
             paths=[path.to_pb(begun_s) for path in islice(self.paths.values(), MAX_PATHS)],
         )
 
 
 class Records:
-    """`clock` gives Unix time."""
+    """`clock` gives Unix time; `on_over` is shown each request that is over."""
 
-    def __init__(self, clock: Callable[[], float] = time.time, max_records: int = MAX_RECORDS) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.time,
+        max_records: int = MAX_RECORDS,
+        on_over: Callable[[RequestRecord], None] = lambda _: None,
+    ) -> None:
         self._clock = clock
+        self._on_over = on_over
         # By id, oldest first.
         self._running: dict[str, RequestRecord] = {}
         # Messages, not records: what a record refers to, errors with their frames among it, must not stay.
@@ -96,6 +109,7 @@ class Records:
             record.is_over = True
             del self._running[request_id]
             self._over.append(record.to_pb())
+            self._on_over(record)
 
     def find(self, request_id: str) -> pb.RequestRecord | None:
         """By the id of a request or of an OpenAI answer; None when it is not remembered (any more)."""

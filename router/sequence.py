@@ -32,6 +32,11 @@ class SequenceRequest:
     deadline_s: float | None = None
 
 
+def attempt_name(sequence_id: str, attempt: int) -> str:
+    """Names the attempt's span among those of its request; attempts count from 1."""
+    return f"{sequence_id} {attempt}"
+
+
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
     """Workers that could not serve a sequence (to its end), and why."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from router.caller import ANONYMOUS, Caller
@@ -17,7 +17,10 @@ from router.readiness import Readiness
 from router.records import Records, RequestRecord
 from router.sequence import SequenceServer
 from router.text import ChatMessage, Tokenizer
+from router.tracing import RequestTracing
 from segue.errors import InvalidRequest, ModelNotFound, RequestCancelled
+from segue.logs import log_context
+from segue.tracing import CURRENT_TRACE
 
 # Shorter texts are encoded faster than a thread is woken.
 _INLINE_CHARACTERS = 4096
@@ -39,8 +42,17 @@ class Service:
     max_body: int
     # How long a client may leave the stream unread before its request is ended.
     stall_limit_s: float
+    tracing: RequestTracing
     # None: nobody's API key has limits.
     quotas: Quotas | None = None
+
+    @contextmanager
+    def arrival(self, traceparent: str | None) -> Iterator[str]:
+        """Around all that is done for one request, which came with this trace context; gives it its id."""
+        request_id, trace = new_request_id(), self.tracing.arrived(traceparent)
+        CURRENT_TRACE.set(trace)
+        with log_context(request_id=request_id, trace_id=trace.trace_id if trace is not None else ""):
+            yield request_id
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFound unless `name` is the model served here."""

@@ -271,6 +271,7 @@ class WorkerLink:
             load=self.load,
             possible_roles=record.possible_roles,
             roles_until_unix_s=record.roles_until_unix_s,
+            started_unix_s=record.started_unix_s,
         )
 
     @property

@@ -23,6 +23,8 @@ from segue.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 LOOPBACK = "127.0.0.1"
+# Workers of one role.
+MAX_POOL = 64
 LOOPBACK_NAMES = frozenset({LOOPBACK, "localhost", "::1"})
 
 _SIZE_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -57,6 +59,7 @@ LinearName = Literal["qkv", "attention_output", "gate_up", "down", "head"]
 KVTransport = Literal["auto", "shm", "tcp", "dist"]
 KVWire = Literal["stored", "bfloat16", "int8"]
 Role = Literal["prefill", "decode"]
+LogFormat = Literal["text", "json"]
 PolicyName = Literal["cost", "least_loaded", "round_robin", "random"]
 
 
@@ -190,12 +193,23 @@ class DoorSettings(Settings):
         return self
 
 
-class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings, DoorSettings):
+class ObservabilitySettings(Settings):
+    """What every process tells of its work, besides metrics."""
+
+    log_format: LogFormat = Field("text", description="Logs as lines of text, or one JSON object a line")
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
+        None,
+        description="Where an OpenTelemetry collector takes OTLP over HTTP (http://HOST:4318); no traces if not given",
+    )
+    trace_ratio: float = Field(1.0, ge=0, le=1, description="Of requests whose caller has not decided, the part that is traced")
+
+
+class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings, DoorSettings, ObservabilitySettings):
     """All that `segue up` takes."""
 
     model: str = Field(DEFAULT_MODEL, description="Model directory, .gguf file, Hub id or name of an imported model")
-    prefill: int = Field(1, ge=1, le=64, description="Prefill workers")
-    decode: int = Field(1, ge=1, le=64, description="Decode workers")
+    prefill: int = Field(1, ge=1, le=MAX_POOL, description="Prefill workers")
+    decode: int = Field(1, ge=1, le=MAX_POOL, description="Decode workers")
     colocated: bool = Field(False, description="Run both phases in one worker, for comparison")
     redis: str | None = Field(None, repr=False, description="Redis or Valkey URL; without it an embedded Valkey is started")
     cluster_id: str | None = Field(
@@ -210,7 +224,7 @@ class ClusterSettings(EngineSettings, RoutingSettings, MemberSettings, DoorSetti
     grpc_port: Port = Field(50051, description="gRPC API; 0 picks a free port")
 
 
-class RouterSettings(RoutingSettings, MemberSettings, DoorSettings):
+class RouterSettings(RoutingSettings, MemberSettings, DoorSettings, ObservabilitySettings):
     cluster_id: str
     redis: str = Field(repr=False)
     # Unique in the cluster; drawn if not given.
@@ -235,7 +249,7 @@ class RouterSettings(RoutingSettings, MemberSettings, DoorSettings):
     max_attempts: int = Field(8, ge=1)
 
 
-class WorkerSettings(EngineSettings, MemberSettings):
+class WorkerSettings(EngineSettings, MemberSettings, ObservabilitySettings):
     cluster_id: str
     redis: str = Field(repr=False)
     worker_id: str

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from segue.errors import InternalError, SegueError
+from segue.logs import log_context, request_of
 from segue.runtime import event_that_is_set
+from segue.tracing import TraceContext
 from segue.v1 import worker_pb2 as pb
 from segue.worker_link import RouterLink, SequenceId, sequence_id
 
@@ -21,6 +23,8 @@ class Job(Protocol):
 
     key: pb.SequenceKey
     link: RouterLink
+    # Of the router's span of this attempt; empty where the request is not traced.
+    traceparent: str
 
 
 JobT = TypeVar("JobT", bound=Job)
@@ -57,8 +61,12 @@ class JobTable(Generic[JobT]):
             return False
         self._entries[key] = entry = _Entry(job)
         self._empty.clear()
-        entry.task = asyncio.create_task(self._live(entry, service, release))
-        entry.task.add_done_callback(lambda task: self._on_done(key, job, task))
+        sequence, trace = job.key.sequence_id, TraceContext.parse(job.traceparent)
+        with log_context(
+            request_id=request_of(sequence), sequence_id=sequence, trace_id=trace.trace_id if trace is not None else ""
+        ):
+            entry.task = asyncio.create_task(self._live(entry, service, release))
+            entry.task.add_done_callback(lambda task: self._on_done(key, job, task))
         return True
 
     def get(self, key: pb.SequenceKey) -> JobT | None:

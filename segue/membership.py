@@ -3,6 +3,7 @@
     segue:<cluster>:worker:<worker id>    WorkerRecord, expires with the lease
     segue:<cluster>:router:<router id>    RouterRecord, likewise
     segue:<cluster>:epoch                 counter; every start of a worker takes the next value
+    segue:<cluster>:epochs                hash: the newest epoch that each worker id was announced with
     segue:<cluster>:group:<group>         the address of a worker's rank 0, once for each of the ranks that are to take it
     segue:<cluster>:changes               channel, one message for every arrival, change and departure
 
@@ -23,7 +24,7 @@ from google.protobuf.message import DecodeError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from segue.errors import StoreUnavailable
+from segue.errors import StoreUnavailable, WorkerLost
 from segue.runtime import background
 from segue.v1.worker_pb2 import RouterRecord, WorkerRecord
 
@@ -31,6 +32,17 @@ logger = logging.getLogger(__name__)
 
 # Deletes a worker's record only if it is still that of the epoch which leaves: a restarted worker may have replaced it.
 _WITHDRAW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) else return 0 end"
+# Not for a worker whose place a later epoch has taken: one that was cut off, and was replaced meanwhile. KEYS: the record, the
+# newest epochs. ARGV: the data, lease in ms, worker id or empty, epoch. Gives the newest epoch if that is a later one, else
+# what the record was before.
+_ANNOUNCE = """
+if ARGV[3] ~= '' then
+  local newest = tonumber(redis.call('HGET', KEYS[2], ARGV[3]) or '0')
+  if newest > tonumber(ARGV[4]) then return newest end
+  redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])
+end
+return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2], 'GET')
+"""
 # Ranks that have not come by then are not coming.
 _ADDRESS_LIFETIME_S = 600
 # Shorter than the time after which a silent store is taken to be away.
@@ -77,10 +89,15 @@ class Membership:
         return address.decode() if isinstance(address, bytes) else address
 
     async def announce(self, record: Record, lease_ms: int) -> None:
-        """Writes `record` for `lease_ms`, and tells the listeners if it differs from what was there."""
+        """Writes `record` for `lease_ms`, and tells the listeners if it differs from what was there. Raises WorkerLost when a
+        later epoch of the worker was announced already."""
+        fence = (record.worker_id, record.epoch) if isinstance(record, WorkerRecord) else ("", 0)
         async with as_store_unavailable():
             data = record.SerializeToString(deterministic=True)
-            before = await self._redis.set(self._key(record), data, px=lease_ms, get=True)
+            keys = (self._key(record), f"{self._prefix}:epochs")
+            before = await self._redis.eval(_ANNOUNCE, len(keys), *keys, data, lease_ms, *fence)
+            if isinstance(before, int):
+                raise WorkerLost(f"epoch {before} has taken the place of worker {fence[0]}, epoch {fence[1]}")
             if before != data:
                 await self._redis.publish(f"{self._prefix}:changes", _name(record))
 
@@ -176,7 +193,7 @@ async def held_lease(
 ) -> AsyncIterator[None]:
     """Keeps `record()` announced until the block ends, then withdraws it. The first announcement must succeed, unless
     `must_begin` is False; later failures are logged once each time the store goes away, and retried: serving does not depend
-    on the store."""
+    on the store. Ends the block with WorkerLost when a later epoch of the worker was announced."""
     try:
         await membership.announce(record(), lease_ms)
     except StoreUnavailable:

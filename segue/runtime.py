@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from segue.config import LogFormat
 from segue.errors import SegueError
+from segue.logs import set_up_logging
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-
-def run_process(main: Callable[[], Coroutine[None, None, None]]) -> int:
-    """Runs `main` on uvloop until it returns; gives the exit code. A SegueError is reported in the failed line."""
+def run_process(main: Callable[[], Coroutine[None, None, None]], log_format: LogFormat = "text", **process: str) -> int:
+    """Runs `main` on uvloop until it returns; gives the exit code. A SegueError is reported in the failed line. How it
+    logs says segue.logs.set_up_logging."""
     import uvloop
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+    set_up_logging(log_format, **process)
     try:
         uvloop.run(main())
     except SegueError as error:

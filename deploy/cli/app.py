@@ -17,6 +17,7 @@ from deploy.cli.models import app as models_app
 from deploy.cli.process import router, worker
 from deploy.cli.restart import restart
 from deploy.cli.role import role
+from deploy.cli.scale import scale
 from deploy.cli.status import status
 from deploy.cli.top import top
 from deploy.cli.up import up
@@ -54,6 +55,7 @@ app.command()(explain)
 app.command()(drain)
 app.command()(restart)
 app.command()(role)
+app.command()(scale)
 app.command()(doctor)
 app.command()(router)
 app.command()(worker)

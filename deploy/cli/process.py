@@ -41,7 +41,7 @@ def router(model: _Model = DEFAULT_MODEL, model_name: _ModelName = None) -> None
         from router.app import run_router
         from segue.runtime import run_process
 
-        raise typer.Exit(run_process(partial(run_router, settings)))
+        raise typer.Exit(run_process(partial(run_router, settings), settings.log_format, router_id=settings.router_id))
 
 
 def worker(model: _Model = DEFAULT_MODEL, model_name: _ModelName = None) -> None:
@@ -62,7 +62,8 @@ def worker(model: _Model = DEFAULT_MODEL, model_name: _ModelName = None) -> None
         from deploy.worker_process import run_all_ranks
         from segue.runtime import run_process
 
-        raise typer.Exit(run_process(partial(run_all_ranks, settings.model_copy(update={"threads": threads}))))
+        settings = settings.model_copy(update={"threads": threads})
+        raise typer.Exit(run_process(partial(run_all_ranks, settings), settings.log_format, worker_id=settings.worker_id))
 
 
 def _resolved(model: str, model_name: str | None) -> dict[str, str | Path]:

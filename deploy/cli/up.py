@@ -65,6 +65,9 @@ def up(
     disaggregate: Annotated[str | None, _flag("disaggregate", shape="auto|always")] = None,
     kv_encryption: Annotated[bool | None, _flag("kv_encryption", flag="--kv-encryption/--no-kv-encryption")] = None,
     chaos: Annotated[str | None, _flag("chaos", shape="FAULTS")] = None,
+    log_format: Annotated[str | None, _flag("log_format", shape="text|json")] = None,
+    otlp_endpoint: Annotated[str | None, _flag("otlp_endpoint", shape="URL")] = None,
+    trace_ratio: Annotated[float | None, _flag("trace_ratio", shape="0..1")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.", show_default=False)] = None,
 ) -> None:
     """Start a cluster and keep it serving until Ctrl-C: router, prefill and decode workers under Ray, and the store that

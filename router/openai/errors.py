@@ -9,11 +9,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from router.explain import PATH_HEADER, TIMING_HEADER, path_text, timing_text
 from router.records import RequestRecord
-from router.service import new_request_id
+from router.service import Service
 from segue.errors import InternalError, InvalidRequest, RequestTooLarge, SegueError
+from segue.tracing import CURRENT_TRACE, TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ STREAM_STARTED = web.RequestKey("stream_started", bool)
 
 # One for each HTTP request, unique over all routers; in the x-request-id header and part of its sequences' ids.
 REQUEST_ID = web.RequestKey("request_id", str)
+
+# The router's own span of it; None where nobody traces it.
+TRACE = web.RequestKey[TraceContext | None]("trace", TraceContext)
 
 # Of a request that was found fit to be served.
 RECORD = web.RequestKey("record", RequestRecord)
@@ -73,10 +78,14 @@ def _from_aiohttp(error: web.HTTPException, request: web.Request) -> web.Respons
     return _respond(_body(error.reason, error.status, "http_error", None), error.status, {})
 
 
-@web.middleware
-async def give_request_id(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    request[REQUEST_ID] = new_request_id()
-    return await handler(request)
+def give_request_id(service: Service) -> Middleware:
+    @web.middleware
+    async def arrive(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        with service.arrival(request.headers.get("traceparent")) as request_id:
+            request[REQUEST_ID], request[TRACE] = request_id, CURRENT_TRACE.get()
+            return await handler(request)
+
+    return arrive
 
 
 async def show_request(request: web.Request, response: web.StreamResponse) -> None:
@@ -84,6 +93,8 @@ async def show_request(request: web.Request, response: web.StreamResponse) -> No
     first one's path."""
     if REQUEST_ID in request:
         response.headers["x-request-id"] = request[REQUEST_ID]
+    if (trace := request.get(TRACE)) is not None:
+        response.headers["traceresponse"] = trace.traceparent
     if RECORD in request and (path := request[RECORD].first_path) is not None:
         response.headers[PATH_HEADER] = path_text(path)
         response.headers[TIMING_HEADER] = timing_text(path)

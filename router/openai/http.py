@@ -52,7 +52,7 @@ class _Plan:
 
 def build_application(service: Service, access: Access) -> web.Application:
     handlers = _Handlers(service)
-    middlewares = [give_request_id, answer_errors, authenticate(access), read_body_in_time]
+    middlewares = [give_request_id(service), answer_errors, authenticate(access), read_body_in_time]
     application = web.Application(middlewares=middlewares, client_max_size=service.max_body)
     application.on_response_prepare.append(show_request)
     application.add_routes(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from segue.client.events import copy_fields
 from segue.v1 import inference_pb2 as pb
+from segue.v1.operator_pb2 import ScaleWorkersResponse
 
 NEEDED_ROLES = ("prefill", "decode")
 
@@ -111,6 +112,21 @@ class ClusterStatus:
         return tuple(role for role in NEEDED_ROLES if role not in present)
 
 
+@dataclass(frozen=True, slots=True)
+class ScaleStatus:
+    """How many workers of each role there shall be, and how far that is."""
+
+    prefill: int
+    decode: int
+    # All of them serve, and no other is left.
+    done: bool
+    # Workers that do not serve yet, and those that finish what they have and then leave.
+    starting: tuple[str, ...]
+    leaving: tuple[str, ...]
+    # What those that start wait for; empty: nothing is known to be missing.
+    problem: str
+
+
 def tokenization_from_pb(message: pb.TokenizeResponse) -> Tokenization:
     return Tokenization(tuple(message.token_ids), message.max_context)
 
@@ -144,4 +160,15 @@ def worker_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         load=copy_fields(WorkerLoad, message.load),
         possible_roles=tuple(message.possible_roles),
         roles_until_unix_s=message.roles_until_unix_s,
+    )
+
+
+def scale_from_pb(message: ScaleWorkersResponse) -> ScaleStatus:
+    return ScaleStatus(
+        prefill=message.prefill,
+        decode=message.decode,
+        done=message.done,
+        starting=tuple(message.starting),
+        leaving=tuple(message.leaving),
+        problem=message.problem,
     )

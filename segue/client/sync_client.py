@@ -148,6 +148,12 @@ class Client:
         response = self._call(self._operator.SetWorkerRole, request, CONTROL_TIMEOUT_S)
         return status_types.worker_from_pb(response.worker)
 
+    def scale_workers(self, *, prefill: int | None = None, decode: int | None = None) -> status_types.ScaleStatus:
+        """Says how many workers of each role there shall be (None: as many as before), and tells how far that is; without
+        numbers it only tells."""
+        request = operator_pb2.ScaleWorkersRequest(prefill=prefill, decode=decode)
+        return status_types.scale_from_pb(self._call(self._operator.ScaleWorkers, request, CONTROL_TIMEOUT_S))
+
     def explain(self, request_id: str = "") -> operator_pb2.RequestRecord:
         """Which way a recent request took and where its time went, as the router that served it remembers it; without an id
         the latest."""

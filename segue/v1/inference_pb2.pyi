@@ -933,6 +933,7 @@ class WorkerStatus(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     POSSIBLE_ROLES_FIELD_NUMBER: _builtins.int
     ROLES_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     """Grows each time a worker of this name starts."""
@@ -943,6 +944,8 @@ class WorkerStatus(_message.Message):
     host: _builtins.str
     roles_until_unix_s: _builtins.float
     """When its roles change back to those that it was started with, in Unix time; 0: they do not."""
+    started_unix_s: _builtins.float
+    """When it started, in Unix time."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefill, decode."""
@@ -966,20 +969,95 @@ class WorkerStatus(_message.Message):
         load: Global___WorkerLoad | None = ...,
         possible_roles: _abc.Iterable[_builtins.str] | None = ...,
         roles_until_unix_s: _builtins.float = ...,
+        started_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "pid", b"pid", "possible_roles", b"possible_roles", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "host", b"host", "load", b"load", "pid", b"pid", "possible_roles", b"possible_roles", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "started_unix_s", b"started_unix_s", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
 
 @_typing.final
+class Histogram(_message.Message):
+    """Observations, counted by size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUNDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    SUM_FIELD_NUMBER: _builtins.int
+    sum: _builtins.float
+    """Of all observations."""
+    @_builtins.property
+    def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Upper bounds, ascending."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Observations up to each bound and above the one before; the last, one more than bounds: above all of them."""
+
+    def __init__(
+        self,
+        *,
+        bounds: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        sum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds", "counts", b"counts", "sum", b"sum"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Histogram: _TypeAlias = Histogram  # noqa: Y015
+
+@_typing.final
 class WorkerLoad(_message.Message):
     """A worker's load. free + leased + cached blocks == total blocks, always."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TransferFailuresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class PrefixHitsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
@@ -1001,6 +1079,11 @@ class WorkerLoad(_message.Message):
     DECODE_MS_PER_STEP_FIELD_NUMBER: _builtins.int
     DECODE_MS_PER_SEQUENCE_FIELD_NUMBER: _builtins.int
     DECODE_SEQUENCES_FIELD_NUMBER: _builtins.int
+    PREFILL_STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_STEP_SEQUENCES_FIELD_NUMBER: _builtins.int
+    TRANSFER_SECONDS_FIELD_NUMBER: _builtins.int
+    TRANSFER_FAILURES_FIELD_NUMBER: _builtins.int
+    PREFIX_HITS_FIELD_NUMBER: _builtins.int
     waiting_requests: _builtins.int
     running_requests: _builtins.int
     queued_tokens: _builtins.int
@@ -1028,6 +1111,26 @@ class WorkerLoad(_message.Message):
     decode_ms_per_sequence: _builtins.float
     decode_sequences: _builtins.int
     """Of the running requests, those that it decodes, or has reserved memory for."""
+    @_builtins.property
+    def prefill_step_tokens(self) -> Global___Histogram:
+        """Steps since the worker started, by what they computed: prompt tokens,"""
+
+    @_builtins.property
+    def decode_step_sequences(self) -> Global___Histogram:
+        """and sequences."""
+
+    @_builtins.property
+    def transfer_seconds(self) -> Global___Histogram:
+        """KV sent to other workers, each time from the first block until the receipt; in seconds."""
+
+    @_builtins.property
+    def transfer_failures(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """The failed transfers, by the code of the error."""
+
+    @_builtins.property
+    def prefix_hits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Prompt tokens not computed because their KV was there, by where: prefill, prefill_from_decode, decode."""
+
     def __init__(
         self,
         *,
@@ -1051,10 +1154,15 @@ class WorkerLoad(_message.Message):
         decode_ms_per_step: _builtins.float = ...,
         decode_ms_per_sequence: _builtins.float = ...,
         decode_sequences: _builtins.int = ...,
+        prefill_step_tokens: Global___Histogram | None = ...,
+        decode_step_sequences: Global___Histogram | None = ...,
+        transfer_seconds: Global___Histogram | None = ...,
+        transfer_failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        prefix_hits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_step_sequences", b"decode_step_sequences", "prefill_step_tokens", b"prefill_step_tokens", "transfer_seconds", b"transfer_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decode_ms_per_sequence", b"decode_ms_per_sequence", "decode_ms_per_step", b"decode_ms_per_step", "decode_sequences", b"decode_sequences", "decoded_tokens", b"decoded_tokens", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefill_ms_per_token", b"prefill_ms_per_token", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "step_age_ms", b"step_age_ms", "total_blocks", b"total_blocks", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decode_ms_per_sequence", b"decode_ms_per_sequence", "decode_ms_per_step", b"decode_ms_per_step", "decode_sequences", b"decode_sequences", "decode_step_sequences", b"decode_step_sequences", "decoded_tokens", b"decoded_tokens", "failed_transfers", b"failed_transfers", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "open_tickets", b"open_tickets", "preemptions", b"preemptions", "prefill_ms_per_token", b"prefill_ms_per_token", "prefill_step_tokens", b"prefill_step_tokens", "prefilled_tokens", b"prefilled_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_hits", b"prefix_hits", "queued_tokens", b"queued_tokens", "running_requests", b"running_requests", "step_age_ms", b"step_age_ms", "total_blocks", b"total_blocks", "transfer_failures", b"transfer_failures", "transfer_seconds", b"transfer_seconds", "transferred_bytes", b"transferred_bytes", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

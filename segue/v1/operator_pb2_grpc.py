@@ -59,6 +59,11 @@ class OperatorServiceStub:
                 request_serializer=segue_dot_v1_dot_operator__pb2.SetWorkerRoleRequest.SerializeToString,
                 response_deserializer=segue_dot_v1_dot_operator__pb2.SetWorkerRoleResponse.FromString,
                 _registered_method=True)
+        self.ScaleWorkers = channel.unary_unary(
+                '/segue.v1.OperatorService/ScaleWorkers',
+                request_serializer=segue_dot_v1_dot_operator__pb2.ScaleWorkersRequest.SerializeToString,
+                response_deserializer=segue_dot_v1_dot_operator__pb2.ScaleWorkersResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -101,6 +106,14 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleWorkers(self, request, context):
+        """Says how many workers of each role there shall be. Whatever starts the workers of this cluster follows: those that are too many
+        drain and leave, the highest number first. Returns at once; asked again without numbers, tells how far that is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +141,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.SetWorkerRole,
                     request_deserializer=segue_dot_v1_dot_operator__pb2.SetWorkerRoleRequest.FromString,
                     response_serializer=segue_dot_v1_dot_operator__pb2.SetWorkerRoleResponse.SerializeToString,
+            ),
+            'ScaleWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleWorkers,
+                    request_deserializer=segue_dot_v1_dot_operator__pb2.ScaleWorkersRequest.FromString,
+                    response_serializer=segue_dot_v1_dot_operator__pb2.ScaleWorkersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -265,6 +283,33 @@ class OperatorService:
             '/segue.v1.OperatorService/SetWorkerRole',
             segue_dot_v1_dot_operator__pb2.SetWorkerRoleRequest.SerializeToString,
             segue_dot_v1_dot_operator__pb2.SetWorkerRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segue.v1.OperatorService/ScaleWorkers',
+            segue_dot_v1_dot_operator__pb2.ScaleWorkersRequest.SerializeToString,
+            segue_dot_v1_dot_operator__pb2.ScaleWorkersResponse.FromString,
             options,
             channel_credentials,
             insecure,

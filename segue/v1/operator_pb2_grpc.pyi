@@ -49,6 +49,10 @@ class OperatorServiceStub:
     """
     SetWorkerRole: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SetWorkerRoleRequest, _operator_pb2.SetWorkerRoleResponse]
     """Gives the worker another role, as a lease: when it ends, the worker has the role again that it was started with."""
+    ScaleWorkers: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ScaleWorkersRequest, _operator_pb2.ScaleWorkersResponse]
+    """Says how many workers of each role there shall be. Whatever starts the workers of this cluster follows: those that are too many
+    drain and leave, the highest number first. Returns at once; asked again without numbers, tells how far that is.
+    """
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -67,6 +71,10 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """
     SetWorkerRole: _aio.UnaryUnaryMultiCallable[_operator_pb2.SetWorkerRoleRequest, _operator_pb2.SetWorkerRoleResponse]  # type: ignore[assignment]
     """Gives the worker another role, as a lease: when it ends, the worker has the role again that it was started with."""
+    ScaleWorkers: _aio.UnaryUnaryMultiCallable[_operator_pb2.ScaleWorkersRequest, _operator_pb2.ScaleWorkersResponse]  # type: ignore[assignment]
+    """Says how many workers of each role there shall be. Whatever starts the workers of this cluster follows: those that are too many
+    drain and leave, the highest number first. Returns at once; asked again without numbers, tells how far that is.
+    """
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -112,5 +120,15 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.SetWorkerRoleResponse, _abc.Awaitable[_operator_pb2.SetWorkerRoleResponse]]:
         """Gives the worker another role, as a lease: when it ends, the worker has the role again that it was started with."""
+
+    @_abc_1.abstractmethod
+    def ScaleWorkers(
+        self,
+        request: _operator_pb2.ScaleWorkersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.ScaleWorkersResponse, _abc.Awaitable[_operator_pb2.ScaleWorkersResponse]]:
+        """Says how many workers of each role there shall be. Whatever starts the workers of this cluster follows: those that are too many
+        drain and leave, the highest number first. Returns at once; asked again without numbers, tells how far that is.
+        """
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

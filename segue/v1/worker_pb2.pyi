@@ -238,6 +238,7 @@ class StartPrefill(_message.Message):
     NUM_DECODE_RANKS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     hand_over: _builtins.bool
     """False when one token is all that is wanted, and no ticket will come."""
     num_decode_ranks: _builtins.int
@@ -246,6 +247,8 @@ class StartPrefill(_message.Message):
     """The last so many of `token_ids` were generated in earlier attempts; what is sampled next continues them."""
     cache_salt: _builtins.bytes
     """Only prompts of equal salts share a prefix cache."""
+    traceparent: _builtins.str
+    """W3C trace context of the router's span of this attempt; empty where the request is not traced."""
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -262,10 +265,11 @@ class StartPrefill(_message.Message):
         num_decode_ranks: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
         cache_salt: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "hand_over", b"hand_over", "key", b"key", "num_decode_ranks", b"num_decode_ranks", "num_output_tokens", b"num_output_tokens", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "hand_over", b"hand_over", "key", b"key", "num_decode_ranks", b"num_decode_ranks", "num_output_tokens", b"num_output_tokens", "sampling", b"sampling", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,6 +314,7 @@ class ReserveDecode(_message.Message):
     NUM_PREFILL_RANKS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     prefill_worker_id: _builtins.str
     """Who will write; the worker itself when both phases run in one."""
     num_prefill_ranks: _builtins.int
@@ -317,6 +322,7 @@ class ReserveDecode(_message.Message):
     num_output_tokens: _builtins.int
     """As in StartPrefill."""
     cache_salt: _builtins.bytes
+    traceparent: _builtins.str
     @_builtins.property
     def key(self) -> Global___SequenceKey: ...
     @_builtins.property
@@ -333,10 +339,11 @@ class ReserveDecode(_message.Message):
         num_prefill_ranks: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
         cache_salt: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "num_output_tokens", b"num_output_tokens", "num_prefill_ranks", b"num_prefill_ranks", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "key", b"key", "num_output_tokens", b"num_output_tokens", "num_prefill_ranks", b"num_prefill_ranks", "prefill_worker_id", b"prefill_worker_id", "sampling", b"sampling", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -845,6 +852,70 @@ class RouterRecord(_message.Message):
 Global___RouterRecord: _TypeAlias = RouterRecord  # noqa: Y015
 
 @_typing.final
+class PoolSizes(_message.Message):
+    """How many workers of each role there shall be, as operators asked last. Kept in the membership store."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    prefill: _builtins.int
+    decode: _builtins.int
+    revision: _builtins.int
+    """Grows each time that somebody asks."""
+    def __init__(
+        self,
+        *,
+        prefill: _builtins.int = ...,
+        decode: _builtins.int = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolSizes: _TypeAlias = PoolSizes  # noqa: Y015
+
+@_typing.final
+class PoolReport(_message.Message):
+    """What becomes of it, as whoever starts the workers says in the membership store, under a lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WANTED_FIELD_NUMBER: _builtins.int
+    STARTING_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    problem: _builtins.str
+    """What those that start wait for; empty: nothing is known to be missing."""
+    @_builtins.property
+    def wanted(self) -> Global___PoolSizes: ...
+    @_builtins.property
+    def starting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Workers that do not serve yet, and those that finish what they have and then leave."""
+
+    @_builtins.property
+    def leaving(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        wanted: Global___PoolSizes | None = ...,
+        starting: _abc.Iterable[_builtins.str] | None = ...,
+        leaving: _abc.Iterable[_builtins.str] | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wanted", b"wanted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaving", b"leaving", "problem", b"problem", "starting", b"starting", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolReport: _TypeAlias = PoolReport  # noqa: Y015
+
+@_typing.final
 class WorkerRecord(_message.Message):
     """What a worker says of itself to the membership store, under a lease that it renews."""
 
@@ -869,6 +940,7 @@ class WorkerRecord(_message.Message):
     SECRET_FINGERPRINT_FIELD_NUMBER: _builtins.int
     POSSIBLE_ROLES_FIELD_NUMBER: _builtins.int
     ROLES_UNTIL_UNIX_S_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -895,6 +967,8 @@ class WorkerRecord(_message.Message):
     """Of the cluster secret, one way; empty without one. Only where it is equal do processes talk to each other."""
     roles_until_unix_s: _builtins.float
     """When its roles change back to those that it was started with, in Unix time; 0: they do not."""
+    started_unix_s: _builtins.float
+    """In Unix time."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefill, decode."""
@@ -925,10 +999,11 @@ class WorkerRecord(_message.Message):
         secret_fingerprint: _builtins.str = ...,
         possible_roles: _abc.Iterable[_builtins.str] | None = ...,
         roles_until_unix_s: _builtins.float = ...,
+        started_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "pulls_kv", b"pulls_kv", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "secret_fingerprint", b"secret_fingerprint", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "epoch", b"epoch", "host", b"host", "layout_fingerprint", b"layout_fingerprint", "max_context", b"max_context", "model", b"model", "num_ranks", b"num_ranks", "number_formats", b"number_formats", "pid", b"pid", "possible_roles", b"possible_roles", "pulls_kv", b"pulls_kv", "roles", b"roles", "roles_until_unix_s", b"roles_until_unix_s", "secret_fingerprint", b"secret_fingerprint", "started_unix_s", b"started_unix_s", "total_blocks", b"total_blocks", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,7 +7,6 @@ pod's user, SIGTERM and the grace period at the end. Needs root.
 from __future__ import annotations
 
 import base64
-import itertools
 import os
 import re
 import shlex
@@ -21,56 +20,36 @@ from typing import Any
 
 from tests.deploy.charts import Object
 from tests.deploy.image import SYSTEM, bound
+from tests.support.network import Network, Place
 
-_PREFIX = "10.77.0"
 _PATH = "/opt/segue/bin:/usr/bin:/bin"
 
 
-def run(*words: str) -> None:
-    subprocess.run(words, check=True, capture_output=True)
-
-
 class Node:
-    """A bridge that pods are plugged into. `claims` are folders that stand for persistent volumes, by claim name."""
+    """A network that pods are plugged into. `claims` are folders that stand for persistent volumes, by claim name."""
 
     def __init__(self, folder: Path, image: Path, objects: list[Object], claims: dict[str, Path]) -> None:
         self.folder = folder
         self.image = image
         self.claims = claims
-        self.name = f"segue-{os.getpid()}"
+        self.network = Network()
         self.config = {one["metadata"]["name"]: one["data"] for one in objects if one["kind"] == "ConfigMap"}
         self.secrets = {one["metadata"]["name"]: one["data"] for one in objects if one["kind"] == "Secret"}
-        self._numbers = itertools.count(2)
         self._exits = ExitStack()
         # What stands for the cluster's DNS.
         self.hosts = folder / "hosts"
         self.hosts.write_text("127.0.0.1 localhost\n")
 
     def __enter__(self) -> Node:
-        self.add_network(self.name)
-        run("ip", "-n", self.name, "link", "add", "bridge", "type", "bridge")
-        run("ip", "-n", self.name, "link", "set", "bridge", "up")
-        run("ip", "-n", self.name, "address", "add", f"{_PREFIX}.1/24", "dev", "bridge")
+        self._exits.enter_context(self.network)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._exits.close()
 
-    def add_network(self, name: str) -> None:
-        run("ip", "netns", "add", name)
-        self._exits.callback(run, "ip", "netns", "delete", name)
-        run("ip", "-n", name, "link", "set", "lo", "up")
-
     def start(self, template: Object, name: str) -> Pod:
         """A pod of this name and template. It is killed when the node ends."""
-        number = next(self._numbers)
-        network = f"{self.name}-{number}"
-        pod = Pod(self, template, name, f"{_PREFIX}.{number}", network)
-        self.add_network(network)
-        run("ip", "-n", self.name, "link", "add", f"pod{number}", "type", "veth", "peer", "name", "eth0", "netns", network)
-        run("ip", "-n", self.name, "link", "set", f"pod{number}", "master", "bridge", "up")
-        run("ip", "-n", network, "address", "add", f"{pod.address}/24", "dev", "eth0")
-        run("ip", "-n", network, "link", "set", "eth0", "up")
+        pod = Pod(self, template, name, self.network.plug_in())
         self._exits.callback(pod.kill)
         pod.start()
         return pod
@@ -81,11 +60,11 @@ class Node:
 
 
 class Pod:
-    def __init__(self, node: Node, template: Object, name: str, address: str, network: str) -> None:
+    def __init__(self, node: Node, template: Object, name: str, place: Place) -> None:
         self.node = node
-        self.network = network
+        self.network = place.namespace
         self.name = name
-        self.address = address
+        self.address = place.address
         self.labels: dict[str, str] = template["metadata"]["labels"]
         self.spec: Object = template["spec"]
         self.folder = node.folder / name
@@ -221,7 +200,7 @@ def requests_of(node: Node, router: str, model: str) -> Iterator[dict[str, int]]
     """Sends requests, two at a time, from a network that is no pod's, for as long as the block. Afterwards it says how many
     were answered (`answered`) and how many failed (`failed`)."""
     code = _CLIENT.format(url=f"http://{router}:8000/v1/completions", model=model)
-    python = ["ip", "netns", "exec", node.name, str(node.image / "opt/segue/bin/python"), "-c", code]
+    python = ["ip", "netns", "exec", node.network.name, str(node.image / "opt/segue/bin/python"), "-c", code]
     outcome: dict[str, int] = {}
     with subprocess.Popen(python, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
         try:

@@ -182,6 +182,17 @@ def test_pods_are_given_the_time_that_their_end_takes(case: Case) -> None:
                     assert pod["spec"]["terminationGracePeriodSeconds"] >= int(drain_s) + sleep_s + lease_s + 5
 
 
+@pytest.mark.parametrize(("endpoint", "port"), [("http://collector.monitoring:4318", 4318), ("https://traces.example", 443)])
+def test_every_process_reaches_the_collector(endpoint: str, port: int) -> None:
+    objects = render("--set", f"observability.otlp_endpoint={endpoint}")
+    for kind, name in (("Deployment", "-router"), ("StatefulSet", "-prefill"), ("StatefulSet", "-decode")):
+        env = {one["name"]: one.get("value") for one in main_container(pick(objects, kind, name))["env"]}
+        assert (env["SEGUE_OTLP_ENDPOINT"], env["SEGUE_LOG_FORMAT"]) == (endpoint, "json")
+    for name in ("-router", "-workers"):
+        rules = pick(objects, "NetworkPolicy", name)["spec"]["egress"]
+        assert {"port": port, "protocol": "TCP"} in [one for rule in rules for one in rule["ports"]]
+
+
 @pytest.mark.parametrize(
     ("sets", "problem"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kv_transfer.transports import ShmWriter
 from segue import AsyncClient, GenerateOptions
 from segue.client.events import RequestPath
 from segue.errors import InternalError
+from segue.v1.inference_pb2 import WorkerLoad
 from tests.support.cluster import Cluster, in_process_cluster
 
 BLOCK_SIZE = 4
@@ -60,9 +62,22 @@ async def test_the_next_turn_prefills_only_what_is_new(
     valkey: Valkey, tiny_model_dir: Path, expected: list[tuple[int, ...]], settings: dict[str, Any]
 ) -> None:
     async with in_process_cluster(valkey.url, tiny_model_dir, **settings) as cluster:
+        workers = [cluster.worker("prefill-0"), cluster.worker("decode-0")]
+        before = [counted(worker.load()) for worker in workers]
         turns = await converse(cluster.client)
+        prefill, decode = (counted(worker.load()) - past for worker, past in zip(workers, before, strict=True))
         assert [answer for _, answer, _ in turns] == expected
         assert all(not worker.load().failed_transfers for worker in cluster.workers)
+    paths = [path for _, _, path in turns]
+    # The workers counted what the answers' paths say.
+    assert prefill["prefill"] == sum(path.prefill_cached_tokens for path in paths)
+    assert prefill["prefill_from_decode"] == sum(path.prefill_pulled_tokens for path in paths)
+    assert decode["decode"] == sum(path.decode_cached_tokens for path in paths)
+    assert prefill["sent_bytes"] == sum(path.transferred_bytes for path in paths)
+    assert (prefill["transfers"], decode["transfers"]) == (len(turns), len(turns) - 1)
+    assert prefill["prefill_steps"] == prefill["prefilled"] > 0
+    assert decode["decode_steps"] == decode["decoded"] == sum(len(answer) - 1 for answer in expected)
+    assert decode["sent_bytes"] > 0
     block_size = max(settings.get("block_size", BLOCK_SIZE), settings.get("decode_block_size", 0))
     for (previous, answer, _), (num_tokens, _, path) in itertools.pairwise(turns):
         # KV of the last token of an answer is computed by nobody; blocks that are not full are not shared.
@@ -71,6 +86,21 @@ async def test_the_next_turn_prefills_only_what_is_new(
         assert path.prefill_pulled_tokens > 0
         assert num_tokens - path.prefill_cached_tokens - path.prefill_pulled_tokens <= 21 + 2 * block_size
         assert path.decode_cached_tokens >= known
+
+
+def counted(load: WorkerLoad) -> Counter[str]:
+    """What a worker has counted since it started."""
+    return Counter(
+        {
+            "prefilled": load.prefilled_tokens,
+            "decoded": load.decoded_tokens,
+            "sent_bytes": load.transferred_bytes,
+            "transfers": sum(load.transfer_seconds.counts),
+            "prefill_steps": int(load.prefill_step_tokens.sum),
+            "decode_steps": int(load.decode_step_sequences.sum),
+            **load.prefix_hits,
+        }
+    )
 
 
 async def second_turn(cluster: Cluster) -> tuple[int, ...]:
@@ -98,6 +128,7 @@ async def test_what_arrives_damaged_is_computed_anew(
         monkeypatch.setattr(ShmWriter, "write", damaging)
         assert await second_turn(cluster) == expected[1]
         assert prefill.load().failed_transfers == 1
+        assert prefill.load().transfer_failures == {"checksum_mismatch": 1}
 
 
 async def test_a_decode_worker_that_sends_nothing_is_waited_for_no_longer_than_a_lease(

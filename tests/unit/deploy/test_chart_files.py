@@ -11,10 +11,9 @@ import pytest
 import yaml
 
 from deploy.chart_schema import SCHEMA, with_settings
-from router.fake import FakeSequenceServer
-from router.metrics import Metrics
+from deploy.metrics_reference import REFERENCE, reference
+from router.metric_families import FAMILIES
 from segue.errors import RateLimited, RequestCancelled, RequestError
-from segue.v1 import inference_pb2 as pb
 
 FILES = SCHEMA.parent / "files"
 ALERTS = yaml.safe_load((FILES / "alerts.yaml").read_text())
@@ -27,21 +26,13 @@ TARGET_LABELS = {"namespace", "service", "pod", "job", "instance", "le"}
 @pytest.fixture(scope="module")
 def series() -> dict[str, set[str]]:
     """Names of all series that a router has, as Prometheus stores them, and their labels."""
-    server, found = FakeSequenceServer(lambda _: []), dict[str, set[str]]()
-    # A worker's series are there only while there is one.
-    server.workers = [pb.WorkerStatus(worker_id="w", roles=["decode"], state="ready")]
-    registry = Metrics(server).registry
-    for collector in list(registry._collector_to_names):
-        labels = set(getattr(collector, "_labelnames", ()))
-        for family in collector.collect():
-            names = {sample.name for sample in family.samples}
-            own = labels.union(*(sample.labels for sample in family.samples))
-            if family.type == "histogram":
-                names = {f"{family.name}_{part}" for part in ("bucket", "sum", "count")}
-            if family.type == "counter":
-                names = {f"{family.name}_total"}
-            found |= dict.fromkeys(names | ({family.name} if family.type == "gauge" else set()), own)
-    return found
+    return {
+        name: set(family.labels)
+        for family in FAMILIES
+        for name in (
+            [f"{family.name}_{part}" for part in ("bucket", "sum", "count")] if family.kind == "histogram" else [family.name]
+        )
+    }
 
 
 def expressions() -> Iterator[tuple[str, str]]:
@@ -59,17 +50,17 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 def unknown(expression: str, series: dict[str, set[str]]) -> list[str]:
     """Series and labels in it that no router has."""
-    problems = []
+    problems, known = [], set(TARGET_LABELS)
     for name, matchers in SELECTOR.findall(expression):
         if name not in series:
             problems.append(name)
             continue
+        known |= series[name]
         problems += [
             f"{name}{{{label}}}" for label in re.findall(r"(\w+)\s*[=!]", matchers) if label not in series[name] | TARGET_LABELS
         ]
-    labels = set[str]().union(*series.values(), TARGET_LABELS)
     grouped = re.findall(r"\b(?:by|on|ignoring|without) \(([^)]*)\)", expression)
-    return problems + [label for group in grouped for label in re.split(r",\s*", group) if label not in labels]
+    return problems + [label for group in grouped for label in re.split(r",\s*", group) if label not in known]
 
 
 def test_alerts_and_panels_refer_to_what_routers_export(series: dict[str, set[str]]) -> None:
@@ -88,6 +79,7 @@ def test_an_expression_of_something_else_would_be_seen(series: dict[str, set[str
     assert unknown("segue_requests", series) == ["segue_requests"]
     assert unknown('segue_worker_state{sort="ready"}', series) == ["segue_worker_state{sort}"]
     assert unknown("sum by (sort) (segue_worker_state)", series) == ["sort"]
+    assert unknown("sum by (cause) (segue_worker_state)", series) == ["cause"]
 
 
 def test_the_alert_of_failures_leaves_out_what_clients_do(series: dict[str, set[str]]) -> None:
@@ -116,3 +108,15 @@ def cells_of(place: dict[str, Any]) -> list[tuple[int, int]]:
 
 def test_the_chart_knows_every_setting() -> None:
     assert with_settings(SCHEMA.read_text()) == SCHEMA.read_text(), "run: make manifests"
+
+
+def test_the_reference_of_metrics_is_up_to_date() -> None:
+    assert reference() == REFERENCE.read_text(), "run: make manifests"
+
+
+def test_the_docs_name_metrics_and_alerts_that_there_are(series: dict[str, set[str]]) -> None:
+    text = (REFERENCE.parent / "observability.md").read_text()
+    names = set(re.findall(r"\bsegue_\w+", text))
+    assert len(names) > 10
+    assert names <= series.keys() | {family.name for family in FAMILIES}
+    assert set(re.findall(r"`(Segue\w+)`", text)) == {alert["alert"] for alert in ALERTS}

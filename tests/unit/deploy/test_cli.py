@@ -65,6 +65,7 @@ def test_every_command_is_there_and_has_help() -> None:
         "drain",
         "restart",
         "role",
+        "scale",
         "doctor",
         "router",
         "worker",
@@ -84,6 +85,9 @@ def test_version() -> None:
 
 
 OTHER_VALUES: dict[str, Any] = {
+    "log_format": "json",
+    "otlp_endpoint": "http://collector:4318",
+    "trace_ratio": 0.25,
     "model": "other",
     "prefill": 2,
     "decode": 3,

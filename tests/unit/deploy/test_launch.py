@@ -32,6 +32,10 @@ def ray_folders() -> list[Path]:
     return list(TEMP_ROOT.glob(f"{FOLDER_PREFIX}{os.getpid()}-*"))
 
 
+def command_lines(pids: list[int]) -> str:
+    return " ".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in pids)
+
+
 async def test_a_cluster_from_start_to_end(stub_programs: Programs, children: Callable[[], set[int]]) -> None:
     stages: list[Stage] = []
     notes: asyncio.Queue[str] = asyncio.Queue()
@@ -41,6 +45,10 @@ async def test_a_cluster_from_start_to_end(stub_programs: Programs, children: Ca
         assert list(infos) == ["router-0", "decode-0", "prefill-0", "ray", "valkey"]
         assert {info.pid for info in infos.values()} <= children()
         assert all(info.memory_bytes for info in infos.values())
+        # Ray is as light as it can be.
+        programs = command_lines(session_members(cluster.driver.pid))
+        assert "gcs_server" in programs
+        assert not [name for name in ("log_monitor", "monitor.py", "dashboard.py") if name in programs]
         watching = asyncio.create_task(cluster.watch(notes.put_nowait))
 
         # A worker that is killed comes back by itself, as a new epoch.

@@ -113,3 +113,11 @@ def test_the_drivers_plan_survives_the_way_to_its_process() -> None:
     again = DriverPlan.from_json(plan.to_json())
     assert again == plan
     assert [WorkerSettings.model_validate_json(text) for text in again.workers] == workers
+
+
+def test_logs_and_traces_are_alike_everywhere() -> None:
+    told = {"log_format": "json", "otlp_endpoint": "http://c:4318", "trace_ratio": 0.25}
+    cluster = ClusterSettings.model_validate(told)
+    router = plan_router(cluster, cluster_id="c", redis="redis://r", model=MODEL)
+    for process in (router, *workers_of(cluster)):
+        assert {name: getattr(process, name) for name in told} == told

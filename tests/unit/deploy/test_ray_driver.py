@@ -42,6 +42,7 @@ class FakeRay:
         self.killed: list[Any] = []
         self.first_kill = asyncio.Event()
         self._outcomes = list(outcomes)
+        self.is_full = False
 
     def remote(self, **options: Any) -> Callable[[Any], Any]:
         self.options.append(options)
@@ -49,7 +50,12 @@ class FakeRay:
 
     def _start(self, settings: str, _spread: bool) -> Any:
         self.started.append(WorkerSettings.model_validate_json(settings))
-        return SimpleNamespace(run=SimpleNamespace(remote=lambda _entry: self._run()))
+        ready = asyncio.get_running_loop().create_future()
+        if not self.is_full:
+            ready.set_result(None)
+        return SimpleNamespace(
+            run=SimpleNamespace(remote=lambda _entry: self._run()), __ray_ready__=SimpleNamespace(remote=lambda: ready)
+        )
 
     def _run(self) -> Awaitable[Outcome]:
         run = asyncio.get_running_loop().create_future()
@@ -82,6 +88,9 @@ class FakeRay:
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 9.0}
 
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 1.0}
+
     def get_runtime_context(self) -> Any:
         return SimpleNamespace(gcs_address="here:1")
 
@@ -89,7 +98,7 @@ class FakeRay:
 def plan(*, threads: int = 2, spread: bool = False, **further: Any) -> DriverPlan:
     worker = WorkerSettings(
         cluster_id="c",
-        redis="r",
+        redis="redis://127.0.0.1:1",
         worker_id="decode-0",
         model_dir=Path("/m"),
         model_name="m",
@@ -125,12 +134,12 @@ async def test_a_replica_that_gave_up_is_started_again_and_told(capsys: pytest.C
     assert len(ray.killed) == 3  # also the one that served
 
 
-async def test_ray_restarts_what_dies_and_a_local_ray_gives_each_replica_one_slot() -> None:
+async def test_ray_restarts_what_dies_and_a_local_ray_has_a_slot_for_every_replica() -> None:
     ray = FakeRay([])
     await Supervisor(ray, plan(threads=4)).run()
     (options,) = ray.options
     assert (options["max_restarts"], options["max_task_retries"], options["max_concurrency"]) == (-1, -1, 1)
-    assert options["num_cpus"] == 1
+    assert (options["num_cpus"], options["resources"]) == (0, {"segue_slot": 1})
     assert ray.started[0].threads == 4
 
 
@@ -146,7 +155,7 @@ async def test_a_replica_that_drained_is_let_go(capsys: pytest.CaptureFixture[st
 
 async def test_on_a_ray_cluster_a_replica_asks_for_the_cores_it_keeps_busy() -> None:
     ray = FakeRay([])
-    await Supervisor(ray, plan(threads=0, spread=True)).run()
+    await Supervisor(ray, replace(plan(threads=0, spread=True), ray_address="head:1")).run()
     (options,) = ray.options
     assert (options["num_cpus"], options["scheduling_strategy"]) == (9, "SPREAD")
     assert ray.started[0].threads == 9
@@ -162,7 +171,7 @@ async def test_ranks_start_and_end_as_one(capsys: pytest.CaptureFixture[str]) ->
     assert groups[3:] == groups[3:4] * 3
     assert groups[0] != groups[3], "no rank of an earlier start may come in"
     assert len(ray.killed) == 6
-    assert (ray.placements, ray.num_removed_placements) == ([([{"CPU": 1}] * 3, "STRICT_PACK")] * 2, 2)
+    assert (ray.placements, ray.num_removed_placements) == ([([{"segue_slot": 1}] * 3, "STRICT_PACK")] * 2, 2)
     assert [options["scheduling_strategy"] for options in ray.options] == [0, 1, 2] * 2
     assert {options["max_restarts"] for options in ray.options} == {0}
     (_, ended) = events(capsys.readouterr().out)
@@ -182,14 +191,14 @@ async def test_ranks_that_drained_are_let_go(capsys: pytest.CaptureFixture[str])
 async def test_each_rank_of_several_has_a_gpu_of_its_own() -> None:
     ray = FakeRay([])
     roles = {"roles": ("prefill", "decode"), "device": "cuda"}
-    supervisor = Supervisor(ray, plan(spread=True, prefill_tp=2, **roles))
+    supervisor = Supervisor(ray, replace(plan(spread=True, prefill_tp=2, **roles), ray_address="head:1"))
     (worker,) = supervisor._workers
     assert supervisor._resources(worker) == {"CPU": 2, "GPU": 1}
     assert supervisor._resources(worker.model_copy(update={"prefill_tp": 1})) == {"CPU": 2}
 
 
 async def test_each_role_takes_the_custom_resources_of_its_nodes() -> None:
-    both = replace(plan(), prefill_resources={"prefill_node": 1.0}, decode_resources={"decode_node": 0.5})
+    both = replace(plan(), ray_address="head:1", prefill_resources={"prefill_node": 1.0}, decode_resources={"decode_node": 0.5})
     assert DriverPlan.from_json(both.to_json()) == both
     supervisor = Supervisor(FakeRay([]), both)
     (worker,) = supervisor._workers
@@ -197,6 +206,26 @@ async def test_each_role_takes_the_custom_resources_of_its_nodes() -> None:
     assert supervisor._resources(worker.model_copy(update={"roles": ("prefill",)})) == {"CPU": 1, "prefill_node": 1.0}
     supervisor._start(worker)
     assert supervisor._ray.options[-1]["resources"] == {"decode_node": 0.5}
+
+
+async def test_replicas_are_added_and_ended_and_those_without_room_are_told() -> None:
+    ray = FakeRay([None, None])
+    supervisor = Supervisor(ray, replace(plan(spread=True), ray_address="head:1", decode_resources={"decode_node": 1.0}))
+    ray.is_full = True
+    supervisor.start("decode-7")
+    supervisor.start("decode-8")
+    await asyncio.sleep(0)
+    assert [worker.worker_id for worker in ray.started] == ["decode-7", "decode-8"]
+    assert set(supervisor.running) == {"decode-7", "decode-8"}
+    assert supervisor.what_is_missing(["decode-7", "decode-9"]) == (
+        "Ray has no room yet for decode-7: a rank of decode-7 takes 1 decode_node, 2 CPU, and free in the whole cluster are "
+        "0 decode_node, 1 CPU"
+    )
+    supervisor.end("decode-7")
+    await ray.first_kill.wait()
+    await asyncio.sleep(0)
+    assert set(supervisor.running) == {"decode-8"}
+    supervisor.end("decode-8")
 
 
 async def test_the_launcher_hears_what_the_driver_says() -> None:

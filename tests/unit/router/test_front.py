@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from router.fake import FakeOperator, FakeSequenceServer, Script, token_steps
 from router.front import Front
 from router.metrics import Metrics
+from router.sequence import SequenceRequest, TokenStep
 from router.text import Tokenizer
 from segue.errors import ConfigError, InvalidRequest, ModelFileError
+from segue.logs import JsonFormatter
 from segue.v1 import inference_pb2 as pb
 from segue.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -190,3 +193,31 @@ async def test_a_client_that_does_not_read_is_cut_off(serve: ServeFront, tokeniz
             await running.core.until(lambda core: len(core.active) == 1)
             await running.core.until(lambda core: not core.active)
         assert len(running.core.cancelled) == 1
+
+
+async def test_logs_tell_whose_request_it_was_and_nothing_of_what_it_said(
+    serve: ServeFront, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01", "authorization": "Bearer a-secret-key"}
+    caplog.handler.setFormatter(JsonFormatter({"router_id": "router-0"}))
+
+    def broken(_: SequenceRequest) -> list[TokenStep]:
+        raise LookupError("a defect")
+
+    async with serve(broken) as running:
+        answer = await running.http.post("/v1/completions", json=BODY, headers=headers)
+        async with grpc.aio.insecure_channel(running.front.grpc_address) as channel:
+            request = pb.GenerateRequest(text="the quick")
+            call = InferenceServiceStub(channel).Generate(request, metadata=[("traceparent", headers["traceparent"])])
+            with pytest.raises(grpc.aio.AioRpcError):
+                _ = [response async for response in call]
+    assert answer.status_code == 500
+    assert answer.headers["traceresponse"].split("-")[1] == trace_id
+    lines = [json.loads(line) for line in caplog.text.splitlines() if line.startswith("{")]
+    assert len(lines) == 2
+    assert lines[0]["request_id"] == answer.headers["x-request-id"]
+    assert {(line["trace_id"], line["router_id"], line["level"]) for line in lines} == {(trace_id, "router-0", "ERROR")}
+    assert all("LookupError: a defect" in line["exception"] for line in lines)
+    assert "the quick" not in caplog.text
+    assert "a-secret-key" not in caplog.text

@@ -23,6 +23,7 @@ async def test_each_call_reaches_the_operator(serve: ServeFront) -> None:
         assert (await client.drain_worker("decode-0", undo=True)).state == "ready"
         await client.restart_worker("decode-0", grace_s=5.0)
         assert (await client.set_worker_role("decode-0", "prefill", lease_s=60.0)).roles == ("prefill",)
+        assert (await client.scale_workers(decode=3)).starting == ("decode-1",)
         with pytest.raises(RequestError, match="has served no request yet"):
             await client.explain()
         assert running.operator.asked == [
@@ -31,6 +32,7 @@ async def test_each_call_reaches_the_operator(serve: ServeFront) -> None:
             ("take_back", "decode-0"),
             ("drain", "decode-0", 5.0, worker_pb2.DEPARTURE_RESTART, False),
             ("set_role", "decode-0", "prefill", 60.0, False),
+            ("scale", None, 3),
         ]
 
 
@@ -46,7 +48,7 @@ class FakeLink:
 
 def operations(*links: FakeLink) -> Operations:
     workers: Any = SimpleNamespace(all=lambda: list(links), available=lambda: [link for link in links if link.is_open])
-    return Operations(workers)
+    return Operations(workers, None)  # type: ignore[arg-type]  # nothing is scaled
 
 
 async def test_what_is_refused() -> None:

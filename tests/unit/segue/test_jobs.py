@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from dataclasses import dataclass, field
 
 import pytest
 
 from segue.jobs import JobTable
+from segue.logs import JsonFormatter
 from segue.v1 import worker_pb2 as pb
 from segue.worker_link import RouterLink
 
@@ -14,6 +17,7 @@ from segue.worker_link import RouterLink
 class FakeJob:
     key: pb.SequenceKey
     link: RouterLink
+    traceparent: str = ""
     released: list[str] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -102,3 +106,21 @@ async def test_a_defect_becomes_an_error_at_the_router() -> None:
     await table.wait_empty()
     message = await job.link.next_message()
     assert (message.failed.code, message.failed.message) == ("internal", "ValueError: boom")
+
+
+async def test_lines_of_a_job_tell_whose_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.handler.setFormatter(JsonFormatter({}))
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    table, job = JobTable[FakeJob](), make_job("req_7-p0-1")
+    job.traceparent = f"00-{trace_id}-00f067aa0ba902b7-01"
+
+    async def serve() -> None:
+        logging.getLogger("deep.inside").warning("slow")
+        raise LookupError("a defect")
+
+    table.start(job, serve(), job.release)
+    await table.wait_empty()
+    lines = [json.loads(line) for line in caplog.text.splitlines() if line.startswith("{")]
+    assert [line["logger"] for line in lines] == ["deep.inside", "segue.jobs"]
+    whose = {(line["request_id"], line["sequence_id"], line["trace_id"]) for line in lines}
+    assert whose == {("req_7", "req_7-p0-1", trace_id)}

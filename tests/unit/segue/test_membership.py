@@ -4,7 +4,7 @@ from contextlib import aclosing
 import pytest
 
 from deploy.valkey import Valkey
-from segue.errors import StoreUnavailable
+from segue.errors import StoreUnavailable, WorkerLost
 from segue.membership import Membership, held_lease
 from segue.v1.worker_pb2 import WorkerRecord
 
@@ -41,6 +41,23 @@ async def test_leaving_does_not_remove_the_one_that_came_after(membership: Membe
     assert await membership.list_workers() == [record(epoch=2)]
     await membership.withdraw(record(epoch=2))
     assert await membership.list_workers() == []
+
+
+async def test_one_that_was_replaced_ends_and_changes_nothing(membership: Membership) -> None:
+    async def serve() -> None:
+        async with held_lease(membership, record, lease_ms=30):
+            await membership.announce(record(epoch=2), 60_000)
+            await asyncio.Event().wait()
+
+    with pytest.raises(WorkerLost, match="epoch 2 has taken the place of worker w, epoch 1"):
+        await serve()
+    assert await membership.list_workers() == [record(epoch=2)]
+    # Also when nothing is left of the later one.
+    await membership.withdraw(record(epoch=2))
+    with pytest.raises(WorkerLost):
+        await membership.announce(record(epoch=1), 60_000)
+    assert await membership.list_workers() == []
+    await membership.announce(record("another"), 60_000)
 
 
 async def test_a_held_lease_is_renewed_with_what_is_true_now_and_withdrawn(membership: Membership) -> None:

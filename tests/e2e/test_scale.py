@@ -1,0 +1,74 @@
+"""`segue up` and `segue scale` with real processes: workers come and go under load, and no request fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from deploy.launch import Launch
+from segue import AsyncClient, RetryPolicy
+from segue.config import ClusterSettings
+from tests.support.leaks import assert_no_leaks_at
+from tests.support.tiny_model import make_tiny_model
+
+SEGUE = str(Path(sys.executable).with_name("segue"))
+NUM_CLIENTS, NUM_TOKENS = 4, 24
+
+
+@asynccontextmanager
+async def load(address: str) -> AsyncIterator[list[tuple[int, ...]]]:
+    """Clients that ask the same again and again, with no second try; the answers. An error ends the block."""
+    answers: list[tuple[int, ...]] = []
+    stop = asyncio.Event()
+
+    async def ask(client: AsyncClient) -> None:
+        while not stop.is_set():
+            answer = await client.generate("Scale me", max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+            answers.append(answer.token_ids)
+
+    async with AsyncClient(address, retry=RetryPolicy(max_attempts=1)) as client, asyncio.TaskGroup() as tasks:
+        for _ in range(NUM_CLIENTS):
+            tasks.create_task(ask(client))
+        yield answers
+        stop.set()
+
+
+async def scale(address: str, *words: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *(SEGUE, "scale", *words, "--address", address), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    said = (await process.communicate())[0].decode()
+    assert process.returncode == 0, said
+    return said
+
+
+async def test_workers_come_and_go_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGUE_HOME", str(tmp_path))
+    model = make_tiny_model(tmp_path / "tiny")
+    settings = ClusterSettings(
+        model=str(model), http_port=0, grpc_port=0, kv_memory=2**20, block_size=4, threads=1, policy="round_robin"
+    )
+    async with asyncio.timeout(150), Launch(settings) as cluster, AsyncClient(cluster.grpc) as client:
+
+        async def epochs() -> dict[str, int]:
+            return {worker.worker_id: worker.epoch for worker in (await client.status()).workers if worker.state == "ready"}
+
+        first = await epochs()
+        async with load(cluster.grpc) as answers:
+            assert "2 prefill and 2 decode workers serve" in await scale(cluster.grpc, "prefill=2", "decode=2")
+            assert (await epochs()).keys() == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
+            pids = {record.worker_id: record.pid for record in await cluster.workers()}
+            assert "1 prefill and 1 decode workers serve" in await scale(cluster.grpc, "prefill=1", "decode=1")
+            assert await epochs() == first, "the highest numbers leave, and the others stay as they are"
+        assert answers
+        assert len(set(answers)) == 1
+        for worker_id in ("prefill-1", "decode-1"):
+            with pytest.raises(ProcessLookupError):
+                os.kill(pids[worker_id], 0)
+        await assert_no_leaks_at(cluster.grpc)
