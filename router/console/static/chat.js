@@ -78,8 +78,13 @@ export class Chat {
     });
     told.requestId = response.headers.get("x-request-id");
     answer.link(told.requestId, () => this.onWaterfall(told.requestId));
+    let isWhole = false;
+    // Read to its end: leaving at [DONE] would look like a client that hangs up.
     for await (const data of eventsOf(response.body)) {
-      if (data === "[DONE]") return;
+      if (data === "[DONE]") {
+        isWhole = true;
+        continue;
+      }
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Error(chunk.error.message);
       const piece = chunk.choices[0]?.delta?.content;
@@ -90,7 +95,7 @@ export class Chat {
         answer.append(piece);
       }
     }
-    throw new Error("the stream broke off");
+    if (!isWhole) throw new Error("the stream broke off");
   }
 
   async modelName() {

@@ -6,6 +6,9 @@ import { bytes, count, percent } from "./format.js";
 const THICKEST = 14;
 const LABEL_HEIGHT = 15;
 
+let transfers = [];
+new ResizeObserver(() => showFlows()).observe(byId("flows"));
+
 export function showCluster(cluster) {
   const has = (worker, role) => worker.roles.includes(role);
   const both = cluster.workers.filter((worker) => has(worker, "prefill") && has(worker, "decode"));
@@ -15,7 +18,8 @@ export function showCluster(cluster) {
   byId("both").hidden = both.length === 0;
   const routers = cluster.routers.map((router) => `${router.router_id} (${router.http_address})`).join(", ");
   setText(byId("routers"), routers ? `Routers: ${routers}` : "");
-  showFlows(cluster.transfers);
+  transfers = cluster.transfers;
+  showFlows();
 }
 
 function showPool(id, workers) {
@@ -53,7 +57,7 @@ function updateCard(card, worker) {
   card.title = `epoch ${worker.epoch}, pid ${worker.pid} on ${worker.host}, ${worker.address}${sent}`;
 }
 
-function showFlows(transfers) {
+function showFlows() {
   const svg = byId("flows");
   const box = svg.getBoundingClientRect();
   const middleOf = (pool, name) => {

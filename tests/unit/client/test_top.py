@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import pty
+import select
 import sys
 import termios
 from typing import Any
@@ -21,6 +22,8 @@ from router.waterfall import Span
 from segue.errors import PermissionDenied
 from segue.v1 import inference_pb2 as pb
 from segue.v1.operator_pb2 import GetOverviewResponse, Latency, LatencyPoint, RequestRecord
+
+LIMIT_S = 30.0
 
 
 def overview(num_requests: int = 2) -> GetOverviewResponse:
@@ -120,18 +123,23 @@ async def test_piped_on_it_prints_one_frame(router: Any, run: Any) -> None:
 
 
 async def test_a_terminal_is_left_as_it_was(router: Any) -> None:
-    router.unary = [overview() for _ in range(1000)]
+    router.unary = [overview() for _ in range(60)]
     leader, follower = pty.openpty()
     before = termios.tcgetattr(follower)
     command = [sys.executable, "-c", "from deploy.cli import main; main()", "top", "--address", router.address]
     env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
     process = await asyncio.create_subprocess_exec(*command, stdin=follower, stdout=follower, stderr=follower, env=env)
-    shown = await asyncio.to_thread(read_until, leader, b"decode-0")
-    assert b"\x1b[?1049h" in shown, "a screen of its own"
-    assert not termios.tcgetattr(follower)[3] & termios.ECHO
-    os.write(leader, b"xq")
-    await asyncio.to_thread(read_until, leader, b"\x1b[?1049l")
-    assert await process.wait() == 0
+    try:
+        shown = await asyncio.to_thread(read_until, leader, b"decode-0")
+        assert b"\x1b[?1049h" in shown, "a screen of its own"
+        assert not termios.tcgetattr(follower)[3] & termios.ECHO
+        os.write(leader, b"xq")
+        await asyncio.to_thread(read_until, leader, b"\x1b[?1049l")
+        assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert termios.tcgetattr(follower) == before
     os.close(leader)
     os.close(follower)
@@ -140,5 +148,7 @@ async def test_a_terminal_is_left_as_it_was(router: Any) -> None:
 def read_until(file: int, end: bytes) -> bytes:
     read = b""
     while end not in read:
+        assert select.select([file], [], [], LIMIT_S)[0], f"{end!r} did not come"
         read += os.read(file, 4096)
+        assert len(read) < 2**20, f"{end!r} is not among all that came"
     return read

@@ -1,4 +1,4 @@
-"""The console's files, and the state that it asks for. tests/e2e/test_console.py loads it in a browser."""
+"""The console's files, and the state that it asks for. tests/integration/test_console.py loads it in a browser."""
 
 from __future__ import annotations
 
@@ -116,13 +116,16 @@ async def requests_of(http: Any) -> list[dict[str, Any]]:
     return found
 
 
-async def test_a_request_that_is_asked_for_is_there_among_later_ones(serve: ServeFront, say: Say) -> None:
+async def test_a_request_that_is_asked_for_is_there_among_later_ones(
+    serve: ServeFront, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.console.routes._NUM_REQUESTS", 2)
     async with serve(say("hi")) as running:
         first = (await running.http.post("/v1/completions", json=BODY)).headers["x-request-id"]
-        for _ in range(30):
+        for _ in range(2):
             await running.http.post("/v1/completions", json=BODY)
         later = (await running.http.get("/console/state")).json()["requests"]
-        assert len(later) == 30
+        assert len(later) == 2
         assert first not in [request["id"] for request in later]
         with_first = (await running.http.get("/console/state", params={"request": first})).json()["requests"]
         assert [request["id"] for request in with_first] == [*(request["id"] for request in later), first]

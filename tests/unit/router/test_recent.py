@@ -8,7 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.fake import FakeSequenceServer
+from router.generation import ChoiceOutput
+from router.metrics import Metrics
 from router.recent import RecentLatency, RecentTransfers
+from segue.sampling import GeneratedToken
 
 
 class Clock:
@@ -72,3 +76,15 @@ def test_transfers_are_rates_of_each_pair_over_ten_seconds() -> None:
     assert found == [("prefill-0", "decode-0", 2.0), ("prefill-0", "decode-1", 150.0)]
     clock.now_s += 10.0
     assert transfers.to_pb() == []
+
+
+def test_tokens_of_one_message_share_out_the_time_since_the_last() -> None:
+    clock = Clock()
+    metrics = Metrics(FakeSequenceServer(lambda _: []), clock)
+    with metrics.track("chat") as meter:
+        for num_tokens in (1, 3):
+            clock.now_s += 0.3
+            meter.see(ChoiceOutput(0, "", (GeneratedToken(5),) * num_tokens))
+    ttft, gaps = metrics.recent_ttft.to_pb(), metrics.recent_inter_token.to_pb()
+    assert (ttft.count, gaps.count) == (1, 3)
+    assert (ttft.p50_s, gaps.p99_s) == (pytest.approx(0.3, rel=0.03), pytest.approx(0.1, rel=0.03))

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from playwright.async_api import Browser, Page, expect
 
-from bench.local_cluster import LocalCluster
+from deploy.valkey import Valkey
 from router.fake import FakeOperator, FakeSequenceServer, token_steps
 from router.front import Front
 from router.text import Tokenizer
 from segue.api_keys import create_key
 from segue.config import RouterSettings
 from tests.support.chromium import chromium
-from tests.support.leaks import assert_no_leaks_at
+from tests.support.cluster import in_process_cluster
 from tests.support.tiny_model import make_tiny_model
 
 # Where to leave pictures of the page, for people to look at.
@@ -76,11 +76,12 @@ async def assert_nothing_is_cut_off(page: Page) -> None:
     assert too_wide == []
 
 
-async def test_the_console_of_a_real_cluster(browser: Browser, model_dir: Path) -> None:
-    async with LocalCluster(model_dir, kv_memory="2MiB", decode=2) as cluster:
+async def test_the_console_of_a_real_cluster(browser: Browser, model_dir: Path, valkey: Valkey) -> None:
+    async with in_process_cluster(valkey.url, model_dir, decode=2) as cluster:
+        address = cluster.front.http_address
         page = await browser.new_page()
         watched = Watched(page)
-        await page.goto(f"http://{cluster.http_address}/console")
+        await page.goto(f"http://{address}/console")
         await expect(page.locator("#connection")).to_have_text("live")
         await expect(page.locator("#prefill-pool .card .name")).to_have_text("prefill-0ready")
         await expect(page.locator("#decode-pool .card")).to_have_count(2)
@@ -88,7 +89,7 @@ async def test_the_console_of_a_real_cluster(browser: Browser, model_dir: Path) 
         await expect(page.locator("#no-requests")).to_be_visible()
 
         # An answer grows piece by piece, and its waterfall is there while it runs.
-        await ask(page, "Hello " + "there " * 40, 220)
+        await ask(page, "Hello " + "there " * 10, 150)
         answer = page.locator("#messages li").nth(1)
         await expect(answer.locator(".text")).not_to_have_text("")
         await expect(answer.locator("button")).to_have_count(1)
@@ -122,9 +123,8 @@ async def test_the_console_of_a_real_cluster(browser: Browser, model_dir: Path) 
                 if SHOTS:
                     await page.screenshot(path=Path(SHOTS) / f"{scheme}-{name}.png", full_page=True)
         assert watched.problems == []
-        assert watched.asked == {cluster.http_address}
+        assert watched.asked == {address}
         await page.close()
-        await assert_no_leaks_at(cluster.grpc_address)
 
 
 async def test_keys_a_lost_router_and_a_stopped_answer(browser: Browser, model_dir: Path, tmp_path: Path) -> None:
