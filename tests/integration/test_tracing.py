@@ -161,6 +161,7 @@ async def test_a_failover_is_two_attempts(valkey: Valkey, tiny_model_dir: Path, 
     first, second = attempts
     assert first.end_ns <= second.start_ns + 10_000
     computed = {span.parent_id for span in spans if span.name == "compute prompt"}
-    assert computed == {first.span_id, second.span_id}
+    # The damage may be seen before the prompt is computed.
+    assert second.span_id in computed <= {first.span_id, second.span_id}
     assert [span.parent_id for span in spans if span.name == "decode steps"] == [second.span_id]
     assert [span.is_error for span in spans if span.name == "receive KV" and span.parent_id == first.span_id] == [True]
