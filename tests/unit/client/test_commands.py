@@ -127,7 +127,11 @@ async def test_chat_goes_on_after_an_error_and_ends_with_its_input(
 async def test_ctrl_c_ends_the_answer_and_not_the_chat(router: Any, script: Any, model_list: pb.ListModelsResponse) -> None:
     router.unary = [model_list]
     router.scripts = [[script.started, script.output("Hel", 7), script.hold], script.whole_answer]
-    program = "import typer; from deploy.cli.chat import chat; typer.run(chat)"
+    # As at a terminal, also when the tests themselves run in the background, where Ctrl-C is ignored.
+    program = (
+        "import signal, typer; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from deploy.cli.chat import chat; typer.run(chat)"
+    )
     words = (sys.executable, "-c", program, "--address", router.address)
     child = await asyncio.create_subprocess_exec(*words, stdin=PIPE, stdout=PIPE, stderr=PIPE)
     assert child.stdin

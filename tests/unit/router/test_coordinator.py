@@ -417,6 +417,8 @@ async def test_a_worker_whose_step_does_not_end_is_given_up_but_heard_on(
         (link,) = coordinator._workers.all()
         serving = asyncio.create_task(collect(coordinator, SequencePath()))
         await worker.leg.heard_something.wait()
+        while not link.load.free_blocks:  # noqa: ASYNC110 - the only load that it tells by itself
+            await asyncio.sleep(0.001)
         link._deliver(pb.LinkResponse(load=WorkerLoad(step_age_ms=121_000)))
         with pytest.raises(WorkerLost, match="has not ended"):
             await serving
