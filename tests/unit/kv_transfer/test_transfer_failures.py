@@ -677,6 +677,18 @@ async def test_a_receiver_that_falls_silent_is_given_up(pair, monkeypatch):
             await asyncio.wait_for(opening, TIMEOUT_S)
 
 
+async def test_a_receiver_that_pings_is_not_silent(pair, monkeypatch):
+    monkeypatch.setattr(connections, "_TICK_S", 3600)
+    receiver = await pair.receiver()
+    sender = await pair.sender(transports=("tcp",))
+    await sender.open(receiver.expect(0, [1]).ticket)
+    (connection,) = sender._connections.values()
+    connection._num_silent_ticks = connections._MAX_SILENT_TICKS
+    async with asyncio.timeout(TIMEOUT_S):
+        while connection._num_silent_ticks:  # noqa: ASYNC110 - whatever comes next is a Ping
+            await asyncio.sleep(0.001)
+
+
 async def test_a_connection_that_breaks_while_nobody_reads_does_no_harm():
     with zmq.Context() as context, context.socket(zmq.DEALER) as writer:
         receiver, endpoint = await bind_receiver(context, "127.0.0.1", 2**16)
