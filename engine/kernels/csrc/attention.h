@@ -163,18 +163,22 @@ inline Floats weigh(float* scores, int64_t num_columns, float highest) {
 template <int R, int C, class Number>
 inline void score_columns(const Cache& cache, const Tile& tile, int64_t row, const Block<Number>& block, int64_t column) {
   Floats scores[R * C];
-#pragma GCC unroll 12
-  for (auto& each : scores) each = broadcast(0.0f);
-  add_tile<R, C>(scores, tile.queries + row * tile.value_stride, tile.value_stride, block.keys + column, block.key_stride, cache.head_dim);
 #pragma GCC unroll 2
-  for (int c = 0; c < C; ++c, column += kLanes) {
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) scores[c * R + r] = broadcast(0.0f);
+  }
+  add_tile<R, C>(scores, tile.queries + row * tile.value_stride, tile.value_stride, block.keys + column, block.key_stride, kLanes, cache.head_dim);
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c) {
+    const int64_t first_column = column + c * kLanes;
     if (block.key_scales) {
-      const Floats scales = load_some(block.key_scales + column, cache.block_size - column);
+      const Floats scales = load_some(block.key_scales + first_column, cache.block_size - first_column);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) scores[c * R + r] = scores[c * R + r] * scales;
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) store(tile.weights + r * tile.key_stride + column, scores[c * R + r]);
+    for (int r = 0; r < R; ++r) store(tile.weights + r * tile.key_stride + first_column, scores[c * R + r]);
   }
 }
 
@@ -183,17 +187,23 @@ template <int R, int C, class Number>
 inline void add_values(const Tile& tile, int64_t row, const Block<Number>& block, int64_t column, int64_t positions, const float* factors) {
   float* outputs = tile.outputs + row * tile.value_stride + column;
   Floats sums[R * C];
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 12
-  for (int i = 0; i < R * C; ++i) sums[i] = load(outputs + i % R * tile.value_stride + i / R * kLanes) * broadcast(factors[i % R]);
-  add_tile<R, C>(sums, tile.weights, tile.key_stride, block.values + column, block.value_stride, positions);
+    for (int r = 0; r < R; ++r) sums[c * R + r] = load(outputs + r * tile.value_stride + c * kLanes) * broadcast(factors[r]);
+  }
+  add_tile<R, C>(sums, tile.weights, tile.key_stride, block.values + column, block.value_stride, kLanes, positions);
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 12
-  for (int i = 0; i < R * C; ++i) store(outputs + i % R * tile.value_stride + i / R * kLanes, sums[i]);
+    for (int r = 0; r < R; ++r) store(outputs + r * tile.value_stride + c * kLanes, sums[c * R + r]);
+  }
 }
 
 // Calls work(column, C) for C times 16 columns after the other: as many at a time as keep the processor busy with R rows.
 template <int R, class Work>
 inline void with_columns(int64_t num_columns, Work&& work) {
-  constexpr int C = 2 * R <= kMaxRows ? 2 : 1;
+  constexpr int C = 2 * R <= kMaxSums ? 2 : 1;
   int64_t column = 0;
   for (; column + C * kLanes <= num_columns; column += C * kLanes) work(column, std::integral_constant<int, C>());
   if (column < num_columns) work(column, std::integral_constant<int, 1>());

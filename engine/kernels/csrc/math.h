@@ -14,6 +14,8 @@ inline Floats exponential2(Floats x) {
   return fma(p, r, broadcast(1.0f)) * power_of_two(n);
 }
 
+inline Floats to_floats(Floats x) { return x; }
+
 constexpr float kLog2E = 1.44269504f;
 
 // x * sigmoid(x)
@@ -54,21 +56,26 @@ inline int64_t round_up(int64_t x, int64_t y) { return divide_up(x, y) * y; }
 inline float quantizing(float largest_magnitude) { return largest_magnitude > 0 ? 127.0f / largest_magnitude : 0.0f; }
 
 // Sums of products of R rows with C times 16 outputs each, over `count` inputs in their order:
-// sums[c * R + r] += a[r * a_stride + k] * b[k * b_stride + c * 16 ...], whatever R and C are.
-template <int R, int C = 1, class Number>
-inline void add_tile(Floats (&sums)[R * C], const float* a, int64_t a_stride, const Number* b, int64_t b_stride, int64_t count) {
+// sums[c * R + r] += a[r * a_stride + k] * b[k * b_stride + c * c_stride ...], whatever R and C are.
+template <int R, int C, class Number>
+inline __attribute__((always_inline)) void add_tile(Floats (&sums)[R * C], const float* a, int64_t a_stride, const Number* b, int64_t b_stride, int64_t c_stride, int64_t count) {
   for (int64_t k = 0; k < count; ++k) {
     if constexpr (C == 1) {
       const Floats w = load(b + k * b_stride);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) sums[r] = fma(broadcast(a + r * a_stride + k), w, sums[r]);
     } else {
-      Floats x[R];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) x[r] = broadcast(a + r * a_stride + k);
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) add_products<R>(sums + c * R, x, b + k * b_stride + c * kLanes);
+      add_columns<R>(sums, a + k, a_stride, b + k * b_stride, c_stride);
     }
+  }
+}
+
+template <int R, int C>
+inline __attribute__((always_inline)) void clear(Floats (&sums)[R * C]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    sums[r] = broadcast(0.0f);
+    if constexpr (C == 2) sums[R + r] = broadcast(0.0f);
   }
 }
 
@@ -79,4 +86,13 @@ inline void with_rows(int num_rows, Work&& work) {
     if (num_rows < R) return with_rows<R - 1>(num_rows, work);
   }
   work(std::integral_constant<int, R>());
+}
+
+// Calls work(row, R) for tiles of R rows, a constant of the compiler's, from first_row to end_row: of equal size, but for the last ones.
+template <int Most, class Work>
+inline void with_tiles(int64_t first_row, int64_t end_row, Work&& work) {
+  const int64_t size = divide_up(end_row - first_row, divide_up(end_row - first_row, Most));
+  for (int64_t row = first_row; row < end_row; row += size) {
+    with_rows<Most>(static_cast<int>(std::min(size, end_row - row)), [&](auto num_rows) { work(row, num_rows); });
+  }
 }

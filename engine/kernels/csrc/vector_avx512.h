@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 constexpr int kMaxRows = 12;
+constexpr int kMaxSums = 24;
 
 struct Floats { __m512 v; };
 struct Ints { __m512i v; };
@@ -56,12 +57,16 @@ inline Floats load_float16(const uint16_t* p) { return {_mm512_cvtph_ps(load_byt
 inline Floats load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
-// sums[r] += x[r] * sixteen numbers
+// sums[c * R + r] += a[r * a_stride] * sixteen numbers from p + c * c_stride
 template <int R, class Number>
-inline void add_products(Floats* sums, const Floats (&x)[R], const Number* p) {
-  const Floats numbers = load(p);
+inline __attribute__((always_inline)) void add_columns(Floats (&sums)[2 * R], const float* a, int64_t a_stride, const Number* p, int64_t c_stride) {
+  const Floats first = load(p), second = load(p + c_stride);
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) sums[r] = fma(x[r], numbers, sums[r]);
+  for (int r = 0; r < R; ++r) {
+    const Floats x = broadcast(a + r * a_stride);
+    sums[r] = fma(x, first, sums[r]);
+    sums[R + r] = fma(x, second, sums[R + r]);
+  }
 }
 // Lanes -128 ... 127 as 16 bytes
 inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
@@ -75,10 +80,16 @@ inline void store_activations(Activation* p, Ints x) {
 }
 struct Quads { __m512i v; };
 inline Quads load_quads(const int8_t* p) { return {load_line(p)}; }
-inline void add_products(Ints& sum, Quads w, const Activation* four) {
+inline Quads broadcast_quad(const Activation* four) {
   int32_t all;
   std::memcpy(&all, four, 4);
-  sum.v = _mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(all), w.v);
+  return {_mm512_set1_epi32(all)};
+}
+inline void add_products(Ints& sum, Quads w, Quads activations) {
+  __m512i more = sum.v;
+  // In the register of the sum: written with the intrinsic the compiler (GCC 12) moves each sum to another register and back.
+  asm("vpdpbusd %2, %1, %0" : "+v"(more) : "v"(activations.v), "v"(w.v));
+  sum.v = more;
 }
 #else
 // int8 products without VNNI: widened to 16 bits and multiplied in pairs; see vector_avx2.h.
