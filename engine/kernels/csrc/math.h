@@ -37,6 +37,15 @@ inline void store_some(float* p, Floats x, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(float));
 }
 
+// The same of a KV format's numbers.
+template <class Number>
+inline Floats load_numbers(const Number* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  Number some[kLanes] = {};
+  std::memcpy(some, p, count * sizeof(Number));
+  return load(some);
+}
+
 // The compiler moves nothing across: fewer values wait in registers at a time.
 inline void keep_order() { asm volatile("" ::: "memory"); }
 
@@ -69,6 +78,67 @@ inline __attribute__((always_inline)) void add_tile(Floats (&sums)[R * C], const
     }
   }
 }
+
+// Products of bfloat16 numbers enter a float32 sum in pairs, the second of a pair first, each rounded once: as VDPBF16PS does it. That
+// instruction takes denormals for zero, so for the same bits everywhere all of attention does.
+#if SEGUE_BF16
+using Half = uint16_t;
+using WideHalf = uint32_t;  // a pair, the first number in its low half
+inline void store_halves(Half* p, Floats x) { store_bfloat16(p, x); }
+inline void widen_halves(const uint16_t* from, int64_t num_rows, int64_t width, WideHalf* to, int64_t stride) {
+  for (int64_t row = 0; row < num_rows; row += 2, to += stride) {
+    for (int64_t column = 0; column < width; column += kLanes) {
+      const uint16_t* first = from + row * width + column;
+      store_pairs(to + column, pair(load_halves(first, width - column), load_halves(first + width, row + 1 < num_rows ? width - column : 0)));
+    }
+  }
+}
+// sums[c * R + r] += a[r * a_stride + k] * b[k][c * 16 ...] over `count` numbers k, an even number of them in a
+template <int R, int C>
+inline __attribute__((always_inline)) void add_pair_tile(Floats (&sums)[R * C], const Half* a, int64_t a_stride, const WideHalf* b, int64_t b_stride, int64_t count) {
+  for (int64_t k = 0; k < count; k += 2, b += b_stride) {
+    const Pairs first = load_pairs(b), second = load_pairs(b + (C - 1) * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Pairs x = broadcast_pair(a + r * a_stride + k);
+      sums[r] = add_pair_products(sums[r], x, first);
+      if constexpr (C == 2) sums[R + r] = add_pair_products(sums[R + r], x, second);
+    }
+  }
+}
+template <int R, int C>
+inline __attribute__((always_inline)) void add_pair_tile(Floats (&sums)[R * C], const Half* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, int64_t count) {
+  for (int64_t k = 0; k < count; k += 2, b += 2 * b_stride) {
+    const int64_t has_second = k + 1 < count ? kLanes : 0;
+    const Pairs first = pair(load_halves(b, kLanes), load_halves(b + b_stride, has_second));
+    const uint16_t* more = b + (C - 1) * kLanes;
+    const Pairs second = pair(load_halves(more, kLanes), load_halves(more + b_stride, has_second));
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Pairs x = broadcast_pair(a + r * a_stride + k);
+      sums[r] = add_pair_products(sums[r], x, first);
+      if constexpr (C == 2) sums[R + r] = add_pair_products(sums[R + r], x, second);
+    }
+  }
+}
+#else
+using Half = float;  // whose lower 16 bits are 0
+using WideHalf = float;
+inline void store_halves(Half* p, Floats x) { store(p, to_bfloat16(x)); }
+inline void widen_halves(const uint16_t* from, int64_t num_rows, int64_t width, WideHalf* to, int64_t stride) {
+  for (int64_t row = 0; row < num_rows; ++row, to += stride) {
+    for (int64_t column = 0; column < width; column += kLanes) store(to + column, load_numbers(from + row * width + column, width - column));
+  }
+}
+// sums[c * R + r] += a[r * a_stride + k] * b[k * b_stride + c * 16 ...] over `count` numbers k
+template <int R, int C, class Source>
+inline __attribute__((always_inline)) void add_pair_tile(Floats (&sums)[R * C], const Half* a, int64_t a_stride, const Source* b, int64_t b_stride, int64_t count) {
+  for (int64_t k = 0; k < count; k += 2) {
+    if (k + 1 < count) add_tile<R, C>(sums, a + k + 1, a_stride, b + (k + 1) * b_stride, b_stride, kLanes, 1);
+    add_tile<R, C>(sums, a + k, a_stride, b + k * b_stride, b_stride, kLanes, 1);
+  }
+}
+#endif
 
 template <int R, int C>
 inline __attribute__((always_inline)) void clear(Floats (&sums)[R * C]) {

@@ -17,6 +17,21 @@
 
 namespace segue {
 
+// Denormals count as zero, in what is read and in results, until it ends.
+class FlushDenormals {
+#if defined(__x86_64__)
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | 0x0040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+ public:
+  FlushDenormals() {}
+#endif
+};
+
 struct Operations {
   const char* name;
   // inputs [num_rows][num_inputs, twice as many if gated] → outputs [num_rows][num_outputs], stored or added
@@ -32,6 +47,7 @@ namespace portable { extern const Operations operations; }
 namespace avx2 { extern const Operations operations; }
 namespace avx512 { extern const Operations operations; }
 namespace avx512vnni { extern const Operations operations; }
+namespace avx512bf16 { extern const Operations operations; }
 #endif
 
 }  // namespace segue

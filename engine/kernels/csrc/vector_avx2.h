@@ -84,6 +84,13 @@ inline Floats load_float16(const uint16_t* p) {
   const __m256i x = load_bytes(p);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
 }
+// Rounded to bfloat16, ties to even.
+inline __m256 to_bfloat16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(0xFFFF0000)));
+}
+inline Floats to_bfloat16(Floats x) { return {to_bfloat16(x.a), to_bfloat16(x.b)}; }
 // Lanes -128 ... 127 as 16 bytes
 inline void store_int8(int8_t* p, Ints x) {
   const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);

@@ -1,4 +1,4 @@
-// Sixteen lanes in one 512-bit register: AVX-512 F, BW, DQ, VL; with SEGUE_VNNI its int8 dot products too.
+// Sixteen lanes in one 512-bit register: AVX-512 F, BW, DQ, VL; with SEGUE_VNNI its int8 dot products too, with SEGUE_BF16 those of bfloat16.
 #include <immintrin.h>
 
 constexpr int kMaxRows = 12;
@@ -70,6 +70,38 @@ inline __attribute__((always_inline)) void add_columns(Floats (&sums)[2 * R], co
 }
 // Lanes -128 ... 127 as 16 bytes
 inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
+
+#if SEGUE_BF16
+// Sixteen pairs of bfloat16 numbers, the first of each in the low half.
+struct Pairs { __m512i v; };
+// Up to sixteen numbers as the low halves of lanes; lanes from `count` on are 0.
+inline __m512i load_halves(const uint16_t* p, int64_t count) {
+  if (count >= kLanes) return _mm512_cvtepu16_epi32(load_bytes(p));
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+}
+inline Pairs pair(__m512i first, __m512i second) { return {_mm512_or_si512(first, _mm512_slli_epi32(second, 16))}; }
+inline Pairs load_pairs(const uint32_t* p) { return {load_line(p)}; }
+inline void store_pairs(uint32_t* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
+inline Pairs broadcast_pair(const uint16_t* p) {
+  int32_t both;
+  std::memcpy(&both, p, 4);
+  return {_mm512_set1_epi32(both)};
+}
+inline Floats add_pair_products(Floats sum, Pairs x, Pairs y) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(x.v), "v"(y.v));
+  return sum;
+}
+inline void store_bfloat16(uint16_t* p, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
+}
+#else
+// Rounded to bfloat16, ties to even.
+inline Floats to_bfloat16(Floats x) {
+  const __m512i bits = _mm512_castps_si512(x.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  return {_mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(0xFFFF0000)))};
+}
+#endif
 
 #if SEGUE_VNNI
 // int8 products with VNNI: four at a time, activations moved up by 128 to make them unsigned.

@@ -77,6 +77,14 @@ inline Floats load_float16(const uint16_t* p) {
   });
 }
 inline Floats load(const int8_t* p) { return each_lane<Floats>([=](int i) { return static_cast<float>(p[i]); }); }
+// Rounded to bfloat16, ties to even.
+inline Floats to_bfloat16(Floats x) {
+  return each_lane<Floats>([&](int i) {
+    uint32_t bits;
+    std::memcpy(&bits, &x.v[i], 4);
+    return from_bits((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
+  });
+}
 // sums[c * R + r] += a[r * a_stride] * sixteen numbers from p + c * c_stride
 template <int R, class Number>
 inline __attribute__((always_inline)) void add_columns(Floats (&sums)[2 * R], const float* a, int64_t a_stride, const Number* p, int64_t c_stride) {
