@@ -192,13 +192,13 @@ inline Floats weigh(const float* scores, int64_t num_columns, float highest, con
   return sums;
 }
 
-// R rows meet C times 16 columns of a block's keys.
+// R rows, of which the first is `row` of its task and `place` of the tile, meet C times 16 columns of a block's keys.
 template <class Number, int R, int C, class Source>
-inline void score_columns(const Cache& cache, const Tile<Number>& tile, int64_t row, const Block<Source>& block, int64_t column) {
+inline void score_columns(const Cache& cache, const Tile<Number>& tile, int64_t row, int64_t place, const Block<Source>& block, int64_t column) {
   Floats scores[R * C];
   clear<R, C>(scores);
   Products<Number>::template add<R, C>(scores, tile.queries + row * tile.value_stride, tile.value_stride, block.keys + column, block.key_stride, cache.head_dim);
-  float* to = tile.scores + column;
+  float* to = tile.scores + place * tile.key_stride + column;
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     store(to + r * tile.key_stride, scores[r]);
@@ -206,21 +206,21 @@ inline void score_columns(const Cache& cache, const Tile<Number>& tile, int64_t 
   }
   for (int64_t p = column; block.key_scales && p < column + C * kLanes; p += kLanes) {
     const Floats scales = load_some(block.key_scales + p, cache.block_size - p);
-    for (int r = 0; r < R; ++r) store(tile.scores + r * tile.key_stride + p, load(tile.scores + r * tile.key_stride + p) * scales);
+    for (int r = 0; r < R; ++r) store(to + r * tile.key_stride + p - column, load(to + r * tile.key_stride + p - column) * scales);
   }
 }
 
 // R rows' outputs, scaled by the rows' factors, take in C times 16 columns of a block's values.
 template <class Number, int R, int C, class Source>
-inline void add_values(const Tile<Number>& tile, int64_t row, const Block<Source>& block, int64_t column, int64_t positions, const float* factors) {
+inline void add_values(const Tile<Number>& tile, int64_t row, int64_t place, const Block<Source>& block, int64_t column, int64_t positions, const float* factors) {
   float* outputs = tile.outputs + row * tile.value_stride + column;
   Floats sums[R * C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    sums[r] = load(outputs + r * tile.value_stride) * broadcast(factors[r]);
-    if constexpr (C == 2) sums[R + r] = load(outputs + r * tile.value_stride + kLanes) * broadcast(factors[r]);
+    sums[r] = load(outputs + r * tile.value_stride) * broadcast(factors[place + r]);
+    if constexpr (C == 2) sums[R + r] = load(outputs + r * tile.value_stride + kLanes) * broadcast(factors[place + r]);
   }
-  Products<Number>::template add<R, C>(sums, tile.weights, tile.key_stride, block.values + column, block.value_stride, positions);
+  Products<Number>::template add<R, C>(sums, tile.weights + place * tile.key_stride, tile.key_stride, block.values + column, block.value_stride, positions);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     store(outputs + r * tile.value_stride, sums[r]);
@@ -237,46 +237,61 @@ inline void with_columns(int64_t num_columns, Work&& work) {
   if (column < num_columns) work(column, std::integral_constant<int, 1>());
 }
 
-// R rows meet the first `positions` positions of a block; row r sees visible[r] of them.
-template <class Number, int R, class Source>
-inline void attend_block(const Cache& cache, const Tile<Number>& tile, int64_t row, const Block<Source>& block, const int64_t* visible, int64_t positions) {
+// Rows `row` ... of a task as a tile, `num_rows` of each of the blocks, which are those of several K heads at the same positions, meet the
+// first `positions` of them; the tile's row r sees visible[r].
+template <class Number, class Source>
+inline void attend_tile(const Cache& cache, const Tile<Number>& tile, int64_t row, int num_rows, const Block<Source>* blocks, int num_blocks,
+                        const int64_t* visible, int64_t positions) {
   const int64_t num_columns = round_up(positions, kLanes);
   const auto fetch = [&](const uint8_t* next, int64_t column, int64_t end, int64_t num_columns) {
     if (next) prefetch(next + cache.slab_bytes * column / end, cache.slab_bytes * num_columns / end);
   };
-  with_columns<R>(num_columns, [&](int64_t column, auto count) {
-    fetch(block.next_keys, column, tile.key_stride, count * kLanes);
-    score_columns<Number, R, decltype(count)::value>(cache, tile, row, block, column);
+  // Calls work(block, place, R) for each block and its rows, which begin at `place` of the tile.
+  const auto with_blocks = [&](auto&& work) {
+    with_rows(num_rows, [&](auto count) {
+      for (int i = 0; i < num_blocks; ++i) work(blocks[i], i * num_rows, count);
+    });
+  };
+  with_blocks([&](const Block<Source>& block, int64_t place, auto count) {
+    constexpr int R = count;
+    with_columns<R>(num_columns, [&](int64_t column, auto columns) {
+      fetch(block.next_keys, column, tile.key_stride, columns * kLanes);
+      score_columns<Number, R, decltype(columns)::value>(cache, tile, row + place, place, block, column);
+    });
   });
   float changes[kLanes] = {}, factors[kLanes];
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < num_rows * num_blocks; ++r) {
     float& highest = tile.highest[row + r];
     const float before = highest;
     highest = find_highest(tile.scores + r * tile.key_stride, std::max<int64_t>(0, visible[r]), num_columns, before);
     changes[r] = before - highest;  // -infinity before the first block, whose sums and outputs are 0
   }
   store(factors, exponential2(load(changes)));
-  for (int r = 0; r < R; ++r) {
-    const Floats more = weigh<Number>(tile.scores + r * tile.key_stride, num_columns, tile.highest[row + r], block.value_scales,
+  for (int r = 0; r < num_rows * num_blocks; ++r) {
+    const Floats more = weigh<Number>(tile.scores + r * tile.key_stride, num_columns, tile.highest[row + r], blocks[r / num_rows].value_scales,
                                       cache.block_size, tile.weights + r * tile.key_stride);
     float* sums = tile.sums + (row + r) * kLanes;
     store(sums, fma(load(sums), broadcast(factors[r]), more));
   }
-  with_columns<R>(tile.value_stride, [&](int64_t column, auto count) {
-    fetch(block.next_values, column, tile.value_stride, count * kLanes);
-    add_values<Number, R, decltype(count)::value>(tile, row, block, column, positions, factors);
+  with_blocks([&](const Block<Source>& block, int64_t place, auto count) {
+    constexpr int R = count;
+    with_columns<R>(tile.value_stride, [&](int64_t column, auto columns) {
+      fetch(block.next_values, column, tile.value_stride, columns * kLanes);
+      add_values<Number, R, decltype(columns)::value>(tile, row + place, place, block, column, positions, factors);
+    });
   });
 }
 
-// Consecutive tokens of a piece with the query heads that share one K head.
+// Consecutive tokens of a piece, or one token, with the query heads that share one K head, or K heads first_head ... end_head - 1.
 struct Task {
   const Piece* piece;
   int64_t first_position;
   int64_t num_tokens;
-  int64_t kv_head;
+  int64_t first_head;
+  int64_t end_head;
 };
 
-// All of a task's rows meet a block that starts at position `start` and of which `filled` positions are written.
+// The rows of one K head meet a block that starts at position `start` and of which `filled` positions are written, tile by tile.
 template <class Number, class Source>
 inline void attend_rows(const Cache& cache, const Tile<Number>& tile, const Task& task, const Block<Source>& block, int64_t start, int64_t filled) {
   const int64_t group = cache.num_heads / cache.num_kv_heads, num_rows = task.num_tokens * group;
@@ -287,56 +302,82 @@ inline void attend_rows(const Cache& cache, const Tile<Number>& tile, const Task
       visible[r] = std::min(filled, task.first_position + (row + r) / group + 1 - start);
       most = std::max(most, visible[r]);
     }
-    if (most <= 0) continue;
-    with_rows(static_cast<int>(count), [&](auto r) { attend_block<Number, decltype(r)::value>(cache, tile, row, block, visible, most); });
+    if (most > 0) attend_tile(cache, tile, row, static_cast<int>(count), &block, 1, visible, most);
   }
+}
+
+// A vector holds numbers of one row of keys or values alone.
+inline bool fills_vectors(const Cache& cache) { return cache.block_size % kLanes == 0 && cache.head_dim % kLanes == 0; }
+
+// A head of a context's block, and for tasks of few rows the one of the block after it, if there is one.
+template <class Number>
+inline Block<Number> find_block(const Cache& cache, int64_t layer, const int32_t* id, int64_t head, bool has_next) {
+  Block<Number> block = {};
+  block.keys = reinterpret_cast<const Number*>(slab_of(cache, layer, *id, false, head));
+  block.values = reinterpret_cast<const Number*>(slab_of(cache, layer, *id, true, head));
+  block.key_stride = cache.block_size;
+  block.value_stride = cache.head_dim;
+  if constexpr (std::is_same_v<Number, int8_t>) {
+    const int64_t num_numbers = static_cast<int64_t>(cache.head_dim) * cache.block_size;
+    block.key_scales = reinterpret_cast<const float*>(block.keys + num_numbers);
+    block.value_scales = reinterpret_cast<const float*>(block.values + num_numbers);
+  }
+  if (has_next) {
+    block.next_keys = slab_of(cache, layer, id[1], false, head);
+    block.next_values = slab_of(cache, layer, id[1], true, head);
+  }
+  return block;
 }
 
 template <class Number>
 inline void attend_blocks(const Cache& cache, int64_t layer, const Task& task, const Tile<Number>& tile) {
-  const int64_t num_numbers = static_cast<int64_t>(cache.head_dim) * cache.block_size;
-  const bool fills_vectors = tile.key_stride == cache.block_size && tile.value_stride == cache.head_dim;
-  const bool is_few_rows = task.num_tokens * (cache.num_heads / cache.num_kv_heads) <= kMaxRows;
+  const int64_t group = cache.num_heads / cache.num_kv_heads, num_heads = task.end_head - task.first_head;
+  const bool is_few_rows = task.num_tokens * group <= kMaxRows;
   // Numbers that many rows meet are prepared once.
-  const bool is_read_in_place = fills_vectors && (std::is_same_v<Number, float> || is_few_rows);
+  const bool is_read_in_place = fills_vectors(cache) && (std::is_same_v<Number, float> || is_few_rows);
   const int64_t end = task.first_position + task.num_tokens;
   for (int64_t start = 0; start < end; start += cache.block_size) {
     const int64_t filled = std::min<int64_t>(cache.block_size, end - start);
-    const int32_t id = task.piece->blocks[start / cache.block_size];
-    const auto* keys = reinterpret_cast<const Number*>(slab_of(cache, layer, id, false, task.kv_head));
-    const auto* values = reinterpret_cast<const Number*>(slab_of(cache, layer, id, true, task.kv_head));
-    constexpr bool has_scales = std::is_same_v<Number, int8_t>;
-    const float* key_scales = has_scales ? reinterpret_cast<const float*>(keys + num_numbers) : nullptr;
-    const float* value_scales = has_scales ? reinterpret_cast<const float*>(values + num_numbers) : nullptr;
-    const uint8_t *next_keys = nullptr, *next_values = nullptr;
-    if (is_few_rows && start + cache.block_size < end) {
-      const int32_t next = task.piece->blocks[start / cache.block_size + 1];
-      next_keys = slab_of(cache, layer, next, false, task.kv_head);
-      next_values = slab_of(cache, layer, next, true, task.kv_head);
+    const int32_t* id = task.piece->blocks + start / cache.block_size;
+    const bool has_next = is_few_rows && start + cache.block_size < end;
+    if (num_heads > 1) {
+      Block<Number> blocks[kMaxRows];
+      int64_t visible[kMaxRows];
+      for (int64_t i = 0; i < num_heads; ++i) blocks[i] = find_block<Number>(cache, layer, id, task.first_head + i, has_next);
+      for (int64_t& each : visible) each = filled;
+      attend_tile(cache, tile, 0, static_cast<int>(group), blocks, static_cast<int>(num_heads), visible, filled);
+      continue;
     }
+    const Block<Number> block = find_block<Number>(cache, layer, id, task.first_head, has_next);
     if (is_read_in_place) {
-      const Block<Number> block = {keys, values, cache.block_size, cache.head_dim, key_scales, value_scales, next_keys, next_values};
       attend_rows(cache, tile, task, block, start, filled);
     } else {
-      Products<Number>::widen(keys, cache.head_dim, cache.block_size, tile.keys, tile.key_stride);
-      Products<Number>::widen(values, filled, cache.head_dim, tile.values, tile.value_stride);
-      const Block<typename Tile<Number>::Wide> block = {tile.keys, tile.values, tile.key_stride, tile.value_stride, key_scales, value_scales, next_keys, next_values};
-      attend_rows(cache, tile, task, block, start, filled);
+      Products<Number>::widen(block.keys, cache.head_dim, cache.block_size, tile.keys, tile.key_stride);
+      Products<Number>::widen(block.values, filled, cache.head_dim, tile.values, tile.value_stride);
+      const Block<typename Tile<Number>::Wide> wide = {tile.keys,        tile.values,        tile.key_stride, tile.value_stride,
+                                                       block.key_scales, block.value_scales, block.next_keys, block.next_values};
+      attend_rows(cache, tile, task, wide, start, filled);
     }
   }
 }
 
 template <class Number>
 inline void attend_task(const Cache& cache, int64_t layer, const Task& task, const float* heads, float* outputs, Scratch& scratch) {
-  const int64_t group = cache.num_heads / cache.num_kv_heads, num_rows = task.num_tokens * group;
+  const int64_t group = cache.num_heads / cache.num_kv_heads, num_rows = task.num_tokens * group * (task.end_head - task.first_head);
   const int64_t row_width = (cache.num_heads + 2 * cache.num_kv_heads) * cache.head_dim, output_width = cache.num_heads * cache.head_dim;
   const int64_t first_token = task.piece->first_row + task.first_position - task.piece->start;
   const Tile<Number> tile(cache, num_rows, scratch);
+  // Rows are sorted by K head, then by token, then by query head. Where a row's head begins in its token's heads:
+  const auto place = [&](int64_t row) {
+    const int64_t head = task.first_head + row / (task.num_tokens * group), token = row / group % task.num_tokens;
+    return std::pair(first_token + token, (head * group + row % group) * cache.head_dim);
+  };
   const Floats scale = broadcast(kLog2E / __builtin_sqrtf(static_cast<float>(cache.head_dim)));
   std::memset(tile.outputs, 0, num_rows * tile.value_stride * sizeof(float));
   std::memset(tile.sums, 0, num_rows * kLanes * sizeof(float));
   for (int64_t row = 0; row < num_rows; ++row) {
-    const float* query = heads + (first_token + row / group) * row_width + (task.kv_head * group + row % group) * cache.head_dim;
+    const auto [token, first] = place(row);
+    const float* query = heads + token * row_width + first;
     for (int64_t d = 0; d < cache.head_dim; d += kLanes) {
       Products<Number>::store_operands(tile.queries + row * tile.value_stride + d, load_some(query + d, cache.head_dim - d) * scale);
     }
@@ -344,7 +385,8 @@ inline void attend_task(const Cache& cache, int64_t layer, const Task& task, con
   }
   attend_blocks<Number>(cache, layer, task, tile);
   for (int64_t row = 0; row < num_rows; ++row) {
-    float* to = outputs + (first_token + row / group) * output_width + (task.kv_head * group + row % group) * cache.head_dim;
+    const auto [token, first] = place(row);
+    float* to = outputs + token * output_width + first;
     const Floats total = broadcast(sum(load(tile.sums + row * kLanes)));
     for (int64_t d = 0; d < cache.head_dim; d += kLanes) {
       store_some(to + d, load(tile.outputs + row * tile.value_stride + d) / total, cache.head_dim - d);
@@ -356,13 +398,18 @@ inline void attend_task(const Cache& cache, int64_t layer, const Task& task, con
 constexpr int64_t kTaskRows = 48;
 
 inline void attend(Pool& pool, const Cache& cache, int64_t layer, const float* heads, float* outputs, const Piece* pieces, int64_t num_pieces) {
-  const int64_t tokens = std::max<int64_t>(1, kTaskRows / (cache.num_heads / cache.num_kv_heads));
+  const int64_t group = cache.num_heads / cache.num_kv_heads, tokens = std::max<int64_t>(1, kTaskRows / group);
+  // K heads that a single token's task takes: memory gives most when it is read in the order in which it lies.
+  const int64_t heads_at_once = fills_vectors(cache) && num_pieces >= pool.num_threads() ? std::max<int64_t>(1, kMaxRows / group) : 1;
   std::vector<Task> tasks;
   for (const Piece* piece = pieces; piece != pieces + num_pieces; ++piece) {
+    const int64_t num_heads = piece->end - piece->start == 1 ? heads_at_once : 1;
     // Tasks start at multiples of `tokens`, the last ones, which see most, first.
     for (int64_t start = (piece->end - 1) / tokens * tokens; start + tokens > piece->start; start -= tokens) {
       const int64_t from = std::max(start, piece->start), to = std::min(start + tokens, piece->end);
-      for (int64_t head = 0; head < cache.num_kv_heads; ++head) tasks.push_back({piece, from, to - from, head});
+      for (int64_t head = 0; head < cache.num_kv_heads; head += num_heads) {
+        tasks.push_back({piece, from, to - from, head, std::min<int64_t>(head + num_heads, cache.num_kv_heads)});
+      }
     }
   }
   pool.run(static_cast<int64_t>(tasks.size()), [&](int64_t index, Scratch& scratch) {

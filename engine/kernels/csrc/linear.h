@@ -120,7 +120,7 @@ template <int C, class Number>
 inline void multiply_floats(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out) {
   const int64_t num_inputs = out.layer.num_inputs;
   const Number* weights = static_cast<const Number*>(out.layer.panels) + panel * num_inputs * kLanes;
-  with_tiles<kMaxRows>(first_row, end_row, [&](int64_t row, auto num_rows) {
+  with_tiles<kMaxRows>(first_row, end_row, [&](int64_t row, auto num_rows, Share) {
     constexpr int R = num_rows;
     Floats sums[R * C];
     clear<R, C>(sums);
@@ -133,13 +133,11 @@ inline void multiply_floats(const Rows& rows, int64_t first_row, int64_t end_row
 
 #if SEGUE_VNNI
 template <int R, int C>
-inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads) {
+inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads, Ahead ahead) {
   for (int64_t quad = 0; quad < num_quads; ++quad) {
     const int8_t* line = weights + quad * 4 * kLanes;
-    const int8_t* second_line = line + (C - 1) * num_quads * 4 * kLanes;
-    const Quads w = load_quads(line), second_w = load_quads(second_line);
-    prefetch(line + kAhead);
-    if constexpr (C == 2) prefetch(second_line + kAhead);
+    const Quads w = load_quads(line), second_w = load_quads(line + (C - 1) * num_quads * 4 * kLanes);
+    ahead.fetch<C>(quad);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const Quads x = broadcast_quad(a + r * stride + quad * 4);
@@ -150,13 +148,13 @@ inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], co
 }
 #else
 template <int R, int C>
-inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads) {
+inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads, Ahead ahead) {
   for (int64_t quad = 0; quad < num_quads; ++quad) {
+    ahead.fetch<C>(quad);
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       const int8_t* line = weights + (c * num_quads + quad) * 4 * kLanes;
       const Pairs even = even_pairs(line);
-      prefetch(line + kAhead);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) add_products(sums[c * R + r], even, a + r * stride + quad * 4);
       keep_order();
@@ -169,7 +167,7 @@ inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], co
 
 // The same with weights that were widened before, which pays when many rows meet them.
 template <int R, int C>
-inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], const Activation* a, int64_t stride, const int16_t* weights, int64_t num_quads) {
+inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], const Activation* a, int64_t stride, const int16_t* weights, int64_t num_quads, Ahead) {
   for (int64_t pair = 0; pair < 2 * num_quads; ++pair) {
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
@@ -215,7 +213,8 @@ inline void multiply_int8_panels(const Rows& rows, int64_t first_row, int64_t en
     scales[c] = load_some(layer.scales + first_output, layer.num_outputs - first_output);
     firsts[c] = first_sums(layer, first_output);
   }
-  with_tiles<kInt8Rows>(first_row, end_row, [&](int64_t row, auto num_rows) {
+  const int64_t num_quads = divide_up(layer.num_inputs, 4);
+  with_tiles<kInt8Rows>(first_row, end_row, [&](int64_t row, auto num_rows, Share share) {
     constexpr int R = num_rows;
     Ints sums[R * C];
 #pragma GCC unroll 12
@@ -223,7 +222,8 @@ inline void multiply_int8_panels(const Rows& rows, int64_t first_row, int64_t en
       sums[r] = firsts[0];
       if constexpr (C == 2) sums[R + r] = firsts[1];
     }
-    add_int8_tile<R, C>(sums, rows.activations + row * rows.width, rows.width, weights, divide_up(layer.num_inputs, 4));
+    add_int8_tile<R, C>(sums, rows.activations + row * rows.width, rows.width, weights, num_quads,
+                        Ahead(weights, C * num_quads * 4 * kLanes, share, num_quads));
     Results<R, C> results;
     results.take(sums);
     for (int i = 0; i < R * C; ++i) {
@@ -253,7 +253,6 @@ template <int R>
 inline __attribute__((always_inline)) void add_int4_group(Floats (&sums)[R], const uint8_t* group, const int8_t* a, const float* scales, const float* totals) {
   const auto* halves = reinterpret_cast<const uint16_t*>(group);
   const uint8_t* nibbles = group + 2 * kLanes * sizeof(uint16_t);
-  prefetch(group + kAhead, kInt4GroupBytes);
   GroupSums products[R];
 #pragma GCC unroll 4
   for (int octet = 0; octet < kGroup / 8; ++octet) {
@@ -278,11 +277,13 @@ inline __attribute__((always_inline)) void add_int4_group(Floats (&sums)[R], con
 inline void multiply_int4(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out) {
   const int64_t num_groups = rows.width / kGroup;
   const uint8_t* groups = static_cast<const uint8_t*>(out.layer.panels) + panel * num_groups * kInt4GroupBytes;
-  with_tiles<kInt4Rows>(first_row, end_row, [&](int64_t row, auto num_rows) {
+  with_tiles<kInt4Rows>(first_row, end_row, [&](int64_t row, auto num_rows, Share share) {
     constexpr int R = num_rows;
     Floats sums[R];
     clear<R, 1>(sums);
+    const Ahead ahead(groups, num_groups * kInt4GroupBytes, share, num_groups);
     for (int64_t group = 0; group < num_groups; ++group) {
+      ahead.fetch<kInt4GroupBytes / kLine>(group);
       const int64_t index = group * rows.count + row;
       add_int4_group<R>(sums, groups + group * kInt4GroupBytes, rows.bytes + index * kGroup, rows.scales + index, rows.totals + index);
     }

@@ -49,14 +49,34 @@ inline Floats load_numbers(const Number* p, int64_t count) {
 // The compiler moves nothing across: fewer values wait in registers at a time.
 inline void keep_order() { asm volatile("" ::: "memory"); }
 
-// Weights and KV come from memory, once a step: each line is asked for this many bytes before it is needed. Reading on alone, the
-// processor's own prefetching stops at each page.
-constexpr int64_t kAhead = 1536;
 constexpr int64_t kLine = 64;
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch(const void* p, int64_t num_bytes) {
   for (int64_t offset = 0; offset < num_bytes; offset += kLine) prefetch(static_cast<const char*>(p) + offset);
 }
+
+// Part `index` of `count`.
+struct Share {
+  int64_t index;
+  int64_t count;
+};
+
+// Weights come from memory, once a step. While tiles of rows meet some, they ask for the next ones, which lie behind them: each tile for its
+// share, a little with each of its steps, so that memory never rests while there is arithmetic to do.
+class Ahead {
+ public:
+  Ahead(const void* weights, int64_t num_bytes, Share tile, int64_t num_steps)
+      : from_(static_cast<const char*>(weights) + num_bytes + num_bytes * tile.index / tile.count), step_(num_bytes / (tile.count * num_steps)) {}
+
+  template <int Lines>
+  void fetch(int64_t step) const {
+    for (int line = 0; line < Lines; ++line) prefetch(from_ + step * step_ + line * kLine);
+  }
+
+ private:
+  const char* from_;
+  int64_t step_;
+};
 
 inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 inline int64_t round_up(int64_t x, int64_t y) { return divide_up(x, y) * y; }
@@ -87,9 +107,12 @@ using WideHalf = uint32_t;  // a pair, the first number in its low half
 inline void store_halves(Half* p, Floats x) { store_bfloat16(p, x); }
 inline void widen_halves(const uint16_t* from, int64_t num_rows, int64_t width, WideHalf* to, int64_t stride) {
   for (int64_t row = 0; row < num_rows; row += 2, to += stride) {
-    for (int64_t column = 0; column < width; column += kLanes) {
-      const uint16_t* first = from + row * width + column;
-      store_pairs(to + column, pair(load_halves(first, width - column), load_halves(first + width, row + 1 < num_rows ? width - column : 0)));
+    const uint16_t* first = from + row * width;
+    const int64_t second_width = row + 1 < num_rows ? width : 0;
+    int64_t column = 0;
+    for (; column + kLanes <= second_width; column += kLanes) store_pairs(to + column, pair(load_halves(first + column), load_halves(first + width + column)));
+    for (; column < width; column += kLanes) {
+      store_pairs(to + column, pair(load_halves(first + column, width - column), load_halves(first + width + column, std::max<int64_t>(0, second_width - column))));
     }
   }
 }
@@ -110,9 +133,9 @@ template <int R, int C>
 inline __attribute__((always_inline)) void add_pair_tile(Floats (&sums)[R * C], const Half* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, int64_t count) {
   for (int64_t k = 0; k < count; k += 2, b += 2 * b_stride) {
     const int64_t has_second = k + 1 < count ? kLanes : 0;
-    const Pairs first = pair(load_halves(b, kLanes), load_halves(b + b_stride, has_second));
+    const Pairs first = pair(load_halves(b), load_halves(b + b_stride, has_second));
     const uint16_t* more = b + (C - 1) * kLanes;
-    const Pairs second = pair(load_halves(more, kLanes), load_halves(more + b_stride, has_second));
+    const Pairs second = pair(load_halves(more), load_halves(more + b_stride, has_second));
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const Pairs x = broadcast_pair(a + r * a_stride + k);
@@ -158,11 +181,12 @@ inline void with_rows(int num_rows, Work&& work) {
   work(std::integral_constant<int, R>());
 }
 
-// Calls work(row, R) for tiles of R rows, a constant of the compiler's, from first_row to end_row: of equal size, but for the last ones.
+// Calls work(row, R, share) for tiles of R rows, a constant of the compiler's, from first_row to end_row: of equal size, but for the last ones.
 template <int Most, class Work>
 inline void with_tiles(int64_t first_row, int64_t end_row, Work&& work) {
-  const int64_t size = divide_up(end_row - first_row, divide_up(end_row - first_row, Most));
+  const int64_t count = divide_up(end_row - first_row, Most), size = divide_up(end_row - first_row, count);
   for (int64_t row = first_row; row < end_row; row += size) {
-    with_rows<Most>(static_cast<int>(std::min(size, end_row - row)), [&](auto num_rows) { work(row, num_rows); });
+    const Share share = {(row - first_row) / size, count};
+    with_rows<Most>(static_cast<int>(std::min(size, end_row - row)), [&](auto num_rows) { work(row, num_rows, share); });
   }
 }

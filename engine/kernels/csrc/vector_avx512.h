@@ -74,9 +74,10 @@ inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__
 #if SEGUE_BF16
 // Sixteen pairs of bfloat16 numbers, the first of each in the low half.
 struct Pairs { __m512i v; };
-// Up to sixteen numbers as the low halves of lanes; lanes from `count` on are 0.
+// Sixteen numbers, or up to sixteen, as the low halves of lanes; lanes from `count` on are 0.
+inline __m512i load_halves(const uint16_t* p) { return _mm512_cvtepu16_epi32(load_bytes(p)); }
 inline __m512i load_halves(const uint16_t* p, int64_t count) {
-  if (count >= kLanes) return _mm512_cvtepu16_epi32(load_bytes(p));
+  if (count >= kLanes) return load_halves(p);
   return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
 }
 inline Pairs pair(__m512i first, __m512i second) { return {_mm512_or_si512(first, _mm512_slli_epi32(second, 16))}; }
