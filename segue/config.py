@@ -130,7 +130,9 @@ class EngineSettings(Settings):
     keep_float: Annotated[tuple[LinearName, ...], BeforeValidator(parse_names)] = Field(
         (), description=f"Linear layers that are never quantized, of {', '.join(get_args(LinearName))}"
     )
-    kv_dtype: KVDtype = Field("auto", description="Number format of the KV cache; auto is bfloat16 with quantized weights, else the dtype")
+    kv_dtype: KVDtype = Field(
+        "auto", description="Number format of the KV cache; auto is bfloat16 with quantized weights, else the dtype"
+    )
     decode_kv_dtype: KVDtype | None = Field(
         None, description="The same for workers that only decode; needs --kv-wire where it differs"
     )

@@ -71,6 +71,29 @@ inline __attribute__((always_inline)) void add_columns(Floats (&sums)[2 * R], co
 // Lanes -128 ... 127 as 16 bytes
 inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
 
+// sum + products, in the register of sum: written with intrinsics, once a tile fills the registers, the compiler (GCC 12) keeps them in
+// memory.
+#if SEGUE_VNNI
+inline __m512i plus_products(__m512i sum, __m512i bytes, __m512i signed_bytes) {
+#if SEGUE_EMULATED
+  return _mm512_dpbusd_epi32(sum, bytes, signed_bytes);
+#else
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
+  return sum;
+#endif
+}
+#endif
+#if SEGUE_BF16
+inline __m512 plus_products(__m512 sum, __m512i pairs, __m512i others) {
+#if SEGUE_EMULATED
+  return _mm512_dpbf16_ps(sum, pairs, others);
+#else
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(others));
+  return sum;
+#endif
+}
+#endif
+
 #if SEGUE_BF16
 // Sixteen pairs of bfloat16 numbers, the first of each in the low half.
 struct Pairs { __m512i v; };
@@ -78,7 +101,9 @@ struct Pairs { __m512i v; };
 inline __m512i load_halves(const uint16_t* p) { return _mm512_cvtepu16_epi32(load_bytes(p)); }
 inline __m512i load_halves(const uint16_t* p, int64_t count) {
   if (count >= kLanes) return load_halves(p);
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+  uint16_t some[kLanes] = {};
+  std::memcpy(some, p, count * sizeof(uint16_t));
+  return load_halves(some);
 }
 inline Pairs pair(__m512i first, __m512i second) { return {_mm512_or_si512(first, _mm512_slli_epi32(second, 16))}; }
 inline Pairs load_pairs(const uint32_t* p) { return {load_line(p)}; }
@@ -88,10 +113,7 @@ inline Pairs broadcast_pair(const uint16_t* p) {
   std::memcpy(&both, p, 4);
   return {_mm512_set1_epi32(both)};
 }
-inline Floats add_pair_products(Floats sum, Pairs x, Pairs y) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(x.v), "v"(y.v));
-  return sum;
-}
+inline Floats add_pair_products(Floats sum, Pairs x, Pairs y) { return {plus_products(sum.v, x.v, y.v)}; }
 inline void store_bfloat16(uint16_t* p, Floats x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
 }
@@ -118,12 +140,7 @@ inline Quads broadcast_quad(const Activation* four) {
   std::memcpy(&all, four, 4);
   return {_mm512_set1_epi32(all)};
 }
-inline void add_products(Ints& sum, Quads w, Quads activations) {
-  __m512i more = sum.v;
-  // In the register of the sum: written with the intrinsic the compiler (GCC 12) moves each sum to another register and back.
-  asm("vpdpbusd %2, %1, %0" : "+v"(more) : "v"(activations.v), "v"(w.v));
-  sum.v = more;
-}
+inline void add_products(Ints& sum, Quads w, Quads activations) { sum.v = plus_products(sum.v, activations.v, w.v); }
 #else
 // int8 products without VNNI: widened to 16 bits and multiplied in pairs; see vector_avx2.h.
 using Activation = int16_t;
