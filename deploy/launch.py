@@ -73,6 +73,8 @@ class Launch:
         self._report = report
         self._programs = programs
         self._stack = AsyncExitStack()
+        # What workers wait for that Ray has no room for.
+        self._missing_room = ""
 
     async def __aenter__(self) -> Cluster:
         try:
@@ -81,7 +83,10 @@ class Launch:
         except BaseException as error:
             await self._stack.aclose()
             if isinstance(error, TimeoutError):
-                raise DeadlineExceeded(f"the cluster did not start within {START_LIMIT_S:.0f} s; logs: {logs_dir()}") from None
+                why = f": {self._missing_room}" if self._missing_room else ""
+                raise DeadlineExceeded(
+                    f"the cluster did not start within {START_LIMIT_S:.0f} s{why}; logs: {logs_dir()}"
+                ) from None
             raise
 
     async def __aexit__(
@@ -164,13 +169,12 @@ class Launch:
 
     async def _until_announced(self, cluster: Cluster, workers: Sequence[WorkerSettings]) -> None:
         wanted = {worker.worker_id for worker in workers}
-        announced: set[str] = set()
-        self._report(Stage("workers", "running", f"0 of {len(wanted)} serve"))
+        shown = ""
         async for _ in cluster.membership.changes(_LOOK_AT_LEAST_EVERY_S):
-            now = {record.worker_id for record in await cluster.membership.list_workers()} & wanted
-            if now != announced:
-                announced = now
-                state = f"{len(announced)} of {len(wanted)} serve: {', '.join(sorted(announced))}"
+            announced = {record.worker_id for record in await cluster.membership.list_workers()} & wanted
+            self._missing_room = cluster.driver_events.problem
+            if (state := _state_of(announced, wanted, self._missing_room)) != shown:
+                shown = state
                 self._report(Stage("workers", "running", state, len(announced) / len(wanted)))
             if announced == wanted:
                 break
@@ -195,6 +199,12 @@ class Launch:
                 f"the end of the router's log, {log}:\n{log_tail(log)}"
             ) from None
         self._report(Stage("ready", "done", "a canary request went all the way"))
+
+
+def _state_of(announced: set[str], wanted: set[str], problem: str) -> str:
+    state = f"{len(announced)} of {len(wanted)} serve"
+    names = f": {', '.join(sorted(announced))}" if announced else ""
+    return f"{state}{names}; {problem}" if problem else state + names
 
 
 def _check_starts(cluster_id: str, worker_ids: set[str]) -> None:
