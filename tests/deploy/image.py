@@ -24,7 +24,7 @@ DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
 SYSTEM = "mount --bind /dev $root/dev; mount -t proc proc $root/proc; chmod o+x $root/root;"
 
 
-def overlay(folder: Path, work: str) -> str:
+def overlay(folder: Path, work: Path) -> str:
     """Mounts a root over this machine's; `work` has not been used before. Volatile: else a gigabyte would be written out to the
     disk each time that it ends."""
     layers = f"lowerdir=/,upperdir={folder}/upper,workdir={work},volatile"
@@ -132,7 +132,7 @@ class Root:
     def _shell(
         self, script: str, env: dict[str, str], *, mounts: str, user: str = "0:0", namespaces: tuple[str, ...] = ()
     ) -> str:
-        work = tempfile.mkdtemp(prefix="work-", dir=self.folder)
+        work = Path(tempfile.mkdtemp(prefix="work-", dir=self.folder))
         start = f"set -e; root={self.folder}/merged; {overlay(self.folder, work)} {mounts}"
         variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
         inner = f"exec chroot --userspec={user} $root env -i {variables} sh -e -c {shlex.quote(script)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import secrets
 import signal
@@ -21,11 +20,12 @@ from deploy.valkey import Valkey, server_binary
 from tests.multihost.hosts import Host, Program
 from tests.multihost.load import Ending
 from tests.support.cluster import in_process_cluster
+from tests.support.namespaces import what_is_missing
 from tests.support.network import Network
 from tests.support.tiny_model import make_tiny_model
 
-if os.getuid() != 0:
-    raise RuntimeError("hosts of a test's own need root: sudo make test-multihost")
+if missing := what_is_missing():
+    raise RuntimeError(missing)
 
 NUM_TOKENS = 48
 _RAY = str(Path(sys.executable).with_name("ray"))

@@ -180,6 +180,18 @@ async def test_a_store_that_does_not_answer_is_told_at_once(stub_programs: Progr
     assert not children()
 
 
+async def test_logs_of_a_clusters_earlier_life_are_kept(
+    stub_programs: Programs, segue_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEGUE_STUB_ROUTER", "refuse")
+    settings = SETTINGS.model_copy(update={"cluster_id": "mine"})
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="the stub router does not like its settings"):
+            await Launch(settings, programs=stub_programs).__aenter__()
+    folders = [path for path in (segue_home / "logs").iterdir() if (path / "router-0.log").exists()]
+    assert sorted(path.name.partition(".")[0] for path in folders) == ["mine"] * 3
+
+
 async def test_logs_of_old_runs_are_dropped(stub_programs: Programs, segue_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEGUE_STUB_ROUTER", "refuse")
     for number in range(30):
