@@ -208,7 +208,8 @@ def requests_of(node: Node, router: str, model: str) -> Iterator[dict[str, int]]
             said, errors = client.communicate("stop\n")
     answered, failed = map(int, said.split())
     outcome |= {"answered": answered, "failed": failed}
-    assert not failed, errors
+    logs = (f"{log.name}:\n{log.read_text()[-4000:]}" for log in sorted(node.folder.glob("*.log")))
+    assert not failed, "\n".join([errors, *logs])
 
 
 _CLIENT = """
