@@ -245,7 +245,6 @@ inline void multiply_int8(const Rows& rows, int64_t first_row, int64_t end_row, 
   multiply_int8_panels<C>(rows, first_row, end_row, panel, weights, out);
 }
 
-constexpr int kInt4Rows = std::min(kMaxRows, 6);
 constexpr int64_t kInt4GroupBytes = kLanes * (2 * sizeof(uint16_t) + kGroup / 2);
 
 // R rows of a tile: sums[r] += the group's products, scaled.
@@ -277,7 +276,7 @@ inline __attribute__((always_inline)) void add_int4_group(Floats (&sums)[R], con
 inline void multiply_int4(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out) {
   const int64_t num_groups = rows.width / kGroup;
   const uint8_t* groups = static_cast<const uint8_t*>(out.layer.panels) + panel * num_groups * kInt4GroupBytes;
-  with_tiles<kInt4Rows>(first_row, end_row, [&](int64_t row, auto num_rows, Share share) {
+  with_tiles<kMaxRows>(first_row, end_row, [&](int64_t row, auto num_rows, Share share) {
     constexpr int R = num_rows;
     Floats sums[R];
     clear<R, 1>(sums);

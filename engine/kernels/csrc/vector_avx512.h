@@ -171,7 +171,7 @@ inline void add_products(GroupSums& sum, Nibbles w, const int8_t* four) {
   int32_t all;
   std::memcpy(&all, four, 4);
 #if SEGUE_VNNI
-  sum.v = _mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(all));
+  sum.v = plus_products(sum.v, w.v, _mm512_set1_epi32(all));
 #else
   sum.v = _mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, _mm512_set1_epi32(all)));
 #endif
