@@ -1,7 +1,7 @@
 """One transfer, seen from the prefill service: bytes go out while the prompt is still being computed.
 
 `send` may be called from any thread. Bytes are copied and checksummed on the sender's transfer thread, in the order of the
-calls; frames go out from the event loop.
+calls, but a few of them at once where `send` is called on the event loop; frames go out from the event loop.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
+from threading import get_ident
 from typing import Protocol
 
 from kv_transfer.protocol import LOCAL, Failure, Frames, SendingTicket, SendPhase
-from kv_transfer.transports import Parcel, Payload, PushWriter, RegionSource, plan_parcels
+from kv_transfer.transports import Parcel, Payload, PushWriter, RegionSource, is_quick, plan_parcels
 from segue.errors import TransferError
 from segue.v1 import transfer_pb2 as pb
+
+# Calls a function with arguments, now or later.
+Call = Callable[..., object]
 
 
 class Connection(Protocol):
@@ -49,6 +53,9 @@ class Push:
         self._path = connection.path_of(ticket)
         self._thread = thread
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = get_ident()
+        # Writes on the transfer thread whose frames are not all handed to the connection.
+        self._writing: set[Future[None]] = set()
         self._block_ids = tuple(ticket.block_ids)
         self._opened = asyncio.Event()
         self._over = asyncio.Event()
@@ -96,7 +103,14 @@ class Push:
             raise ValueError(f"source blocks beyond the {memory.num_blocks} of this worker")
         if (blocks.stop - 1) * ticket.block_size // memory.layout.block_size >= len(source_blocks):
             raise ValueError(f"{blocks}: beyond the {len(source_blocks)} source blocks")
-        self._thread.submit(self._write, *self._path, layer, tuple(source_blocks), blocks).add_done_callback(self._on_written)
+        write = partial(self._write, *self._path, layer, tuple(source_blocks), blocks)
+        form = self._path[0].format
+        if get_ident() == self._loop_thread and is_quick(len(blocks) * form.region_bytes, self.transport, form, memory.layout):
+            write(lambda call, *arguments: call(*arguments))
+            return
+        written = self._thread.submit(write, self._loop.call_soon_threadsafe)
+        self._writing.add(written)
+        written.add_done_callback(partial(self._loop.call_soon_threadsafe, self._writing.discard))
 
     async def commit(self, first_token: int, source_blocks: Sequence[int] = ()) -> int:
         """Waits until everything is out and the receiver has taken it over. Returns the bytes that travelled.
@@ -165,25 +179,33 @@ class Push:
         self._connection.forget(self)
 
     async def _flushed(self) -> None:
-        """All that was queued on the transfer thread is done, and its frames are handed to the connection."""
-        await self._loop.run_in_executor(self._thread, lambda: None)
+        """All writes have ended, and their frames are handed to the connection."""
+        if writing := [asyncio.wrap_future(write) for write in tuple(self._writing)]:
+            await asyncio.wait(writing)
 
-    # On the transfer thread
+    # On the transfer thread, or for few bytes on the event loop
 
-    def _write(self, source: RegionSource, writer: PushWriter, layer: int, source_blocks: Sequence[int], blocks: range) -> None:
+    def _write(
+        self,
+        source: RegionSource,
+        writer: PushWriter,
+        layer: int,
+        source_blocks: Sequence[int],
+        blocks: range,
+        call_on_loop: Call,
+    ) -> None:
         first_block, region_bytes = self.ticket.first_block, source.format.region_bytes
         indices = range(blocks.start - first_block, blocks.stop - first_block)
-        for parcel in plan_parcels(layer, indices, self._block_ids, region_bytes):
-            if not self._may_write:
-                return
-            regions = source.take(layer, source_blocks, [first_block + index for index in parcel.indices])
-            checksums, payload = writer.write(parcel, regions)
-            self._loop.call_soon_threadsafe(self._announce, parcel, checksums, payload)
-
-    def _on_written(self, written: Future[None]) -> None:
-        if not written.cancelled() and (error := written.exception()) is not None:
+        try:
+            for parcel in plan_parcels(layer, indices, self._block_ids, region_bytes):
+                if not self._may_write:
+                    return
+                regions = source.take(layer, source_blocks, [first_block + index for index in parcel.indices])
+                checksums, payload = writer.write(parcel, regions)
+                call_on_loop(self._announce, parcel, checksums, payload)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the transfer ends with it
             failure = Failure(TransferError, f"ticket {self.ticket.ticket_id}: writing failed: {error!r}")
-            self._loop.call_soon_threadsafe(partial(self._break, failure))
+            call_on_loop(self._break, failure)
 
     # On the event loop
 

@@ -39,7 +39,7 @@ from kv_transfer.protocol import (
 )
 from kv_transfer.sockets import SocketKeys, bind_receiver
 from kv_transfer.tensors import Memory
-from kv_transfer.transports import MAX_PUSH_BYTES, Payload, check_transports
+from kv_transfer.transports import MAX_PUSH_BYTES, Payload, PushReader, check_transports, is_quick
 from kv_transfer.writers import Writer, Writers
 from segue.errors import ChecksumMismatch, ConfigError, TransferError
 from segue.kv_layout import KVLayout
@@ -281,23 +281,20 @@ class KVReceiver:
         reader = self._writers.reader(writer, incoming.ticket)
         block_ids = incoming.ticket.block_ids
         regions = [(region, block_ids[region.index]) for region in fresh]
-        checked = asyncio.get_running_loop().run_in_executor(self._thread, reader.read, push.layer, regions, payload)
-        checked.add_done_callback(partial(self._on_checked, incoming, push.layer, fresh))
+        check = partial(_check, reader, push, regions, payload)
+        form = self._writers.region_format(writer, incoming.ticket)
+        if is_quick(len(fresh) * form.region_bytes, writer.transport, form, self._memory.layout):
+            self._on_checked(incoming, len(fresh), check())
+            return True
+        checking = asyncio.get_running_loop().run_in_executor(self._thread, check)
+        checking.add_done_callback(lambda checked: self._on_checked(incoming, len(fresh), checked.result()))
         return True
 
-    def _on_checked(self, incoming: Incoming, layer: int, fresh: list[FreshRegion], checked: asyncio.Future[bool]) -> None:
+    def _on_checked(self, incoming: Incoming, num_regions: int, failure: Failure | None) -> None:
         self._slots.release()
-        ticket_id = incoming.ticket.ticket_id
-        failure = None
-        if checked.cancelled():
-            failure = Failure(TransferError, "the receiver was closed")
-        elif error := checked.exception():
-            failure = Failure(TransferError, f"what was pushed for ticket {ticket_id} could not be taken: {error}")
-        elif not checked.result():
-            failure = Failure(ChecksumMismatch, f"layer {layer} of ticket {ticket_id} arrived damaged")
-        else:
-            self.num_bytes_received += len(fresh) * incoming.state.region_bytes
-        self._dispatch(incoming, incoming.state.verified(len(fresh), failure))
+        if failure is None:
+            self.num_bytes_received += num_regions * incoming.state.region_bytes
+        self._dispatch(incoming, incoming.state.verified(num_regions, failure))
 
     def _dispatch(self, incoming: Incoming, frames: Frames, writer: Writer | None = None) -> None:
         """After every change of a ticket: those who wait are told, a ticket that is over is forgotten, answers go out."""
@@ -355,3 +352,12 @@ class KVReceiver:
         for incoming in list(self._tickets.values()):
             self._dispatch(incoming, incoming.state.revoke(failure))
             incoming.leave_open(failure)
+
+
+def _check(reader: PushReader, push: pb.Push, regions: Sequence[tuple[FreshRegion, int]], payload: Payload) -> Failure | None:
+    """On the transfer thread, or for few bytes on the event loop. What was wrong with the push, if anything was."""
+    try:
+        is_whole = reader.read(push.layer, regions, payload)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the ticket ends with it
+        return Failure(TransferError, f"what was pushed for ticket {push.ticket_id} could not be taken: {error}")
+    return None if is_whole else Failure(ChecksumMismatch, f"layer {push.layer} of ticket {push.ticket_id} arrived damaged")

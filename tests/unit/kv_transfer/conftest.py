@@ -52,6 +52,15 @@ async def pair() -> AsyncIterator[Pair]:
         yield Pair(stack)
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture
+def transfer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is so little that the event loop copies or checks it itself."""
+    monkeypatch.setattr("kv_transfer.transports.QUICK_BYTES", 0)
+
+
+@pytest.fixture(params=["shm", "tcp", "shm on threads", "tcp on threads"])
 def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+    name, _, threads = str(request.param).partition(" ")
+    if threads:
+        request.getfixturevalue("transfer_threads")
+    return name
