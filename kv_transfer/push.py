@@ -1,15 +1,15 @@
 """One transfer, seen from the prefill service: bytes go out while the prompt is still being computed.
 
-`send` may be called from any thread. Bytes are copied and checksummed on the sender's transfer thread, in the order of the
-calls, but a few of them at once where `send` is called on the event loop; frames go out from the event loop.
+`send` may be called from any thread. Parcels are brought over one by one, in the order of the calls: on the event loop,
+one in each of its turns, or on the sender's transfer thread where it takes longer than the loop may stand still.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
-from functools import partial
+from concurrent.futures import Executor
 from threading import get_ident
 from typing import Protocol
 
@@ -18,8 +18,7 @@ from kv_transfer.transports import Parcel, Payload, PushWriter, RegionSource, is
 from segue.errors import TransferError
 from segue.v1 import transfer_pb2 as pb
 
-# Calls a function with arguments, now or later.
-Call = Callable[..., object]
+Written = tuple[list[int], Payload]
 
 
 class Connection(Protocol):
@@ -54,13 +53,17 @@ class Push:
         self._thread = thread
         self._loop = asyncio.get_running_loop()
         self._loop_thread = get_ident()
-        # Writes on the transfer thread whose frames are not all handed to the connection.
-        self._writing: set[Future[None]] = set()
+        # Parcels that are not begun, each with the prompt's blocks here.
+        self._waiting: deque[tuple[Parcel, Sequence[int]]] = deque()
+        self._is_writing = False
+        # No parcel waits or is being written, as far as the event loop knows.
+        self._is_quiet = asyncio.Event()
+        self._is_quiet.set()
         self._block_ids = tuple(ticket.block_ids)
         self._opened = asyncio.Event()
         self._over = asyncio.Event()
         self._sealed = False
-        # Read by the transfer thread: once False, no further parcel is begun.
+        # Once False, no further parcel is begun.
         self._may_write = True
         self._stopping: asyncio.Task[None] | None = None
 
@@ -103,14 +106,13 @@ class Push:
             raise ValueError(f"source blocks beyond the {memory.num_blocks} of this worker")
         if (blocks.stop - 1) * ticket.block_size // memory.layout.block_size >= len(source_blocks):
             raise ValueError(f"{blocks}: beyond the {len(source_blocks)} source blocks")
-        write = partial(self._write, *self._path, layer, tuple(source_blocks), blocks)
-        form = self._path[0].format
-        if get_ident() == self._loop_thread and is_quick(len(blocks) * form.region_bytes, self.transport, form, memory.layout):
-            write(lambda call, *arguments: call(*arguments))
-            return
-        written = self._thread.submit(write, self._loop.call_soon_threadsafe)
-        self._writing.add(written)
-        written.add_done_callback(partial(self._loop.call_soon_threadsafe, self._writing.discard))
+        indices, placed = range(blocks.start - first_block, blocks.stop - first_block), tuple(source_blocks)
+        parcels = plan_parcels(layer, indices, self._block_ids, self._path[0].format.region_bytes)
+        self._waiting.extend((parcel, placed) for parcel in parcels)
+        if get_ident() == self._loop_thread:
+            self._write_next()
+        else:
+            self._loop.call_soon_threadsafe(self._write_next)
 
     async def commit(self, first_token: int, source_blocks: Sequence[int] = ()) -> int:
         """Waits until everything is out and the receiver has taken it over. Returns the bytes that travelled.
@@ -180,40 +182,48 @@ class Push:
 
     async def _flushed(self) -> None:
         """All writes have ended, and their frames are handed to the connection."""
-        if writing := [asyncio.wrap_future(write) for write in tuple(self._writing)]:
-            await asyncio.wait(writing)
+        self._write_next()  # what another thread sent, if word of it is still on its way
+        await self._is_quiet.wait()
 
-    # On the transfer thread, or for few bytes on the event loop
+    def _write_next(self) -> None:
+        """Brings a parcel over, unless one is under way."""
+        if self._is_writing:
+            return
+        if self._path is None or not self._may_write or not self._waiting:
+            self._waiting.clear()
+            self._is_quiet.set()
+            return
+        self._is_writing = True
+        self._is_quiet.clear()
+        parcel, source_blocks = self._waiting.popleft()
+        source, writer = self._path
+        if is_quick(self.transport, source.format, source.memory.layout):
+            self._on_written(parcel, self._write(source, writer, parcel, source_blocks))
+            return
+        writing = self._loop.run_in_executor(self._thread, self._write, source, writer, parcel, source_blocks)
+        writing.add_done_callback(lambda written: self._on_written(parcel, written.result()))
 
     def _write(
-        self,
-        source: RegionSource,
-        writer: PushWriter,
-        layer: int,
-        source_blocks: Sequence[int],
-        blocks: range,
-        call_on_loop: Call,
-    ) -> None:
-        first_block, region_bytes = self.ticket.first_block, source.format.region_bytes
-        indices = range(blocks.start - first_block, blocks.stop - first_block)
+        self, source: RegionSource, writer: PushWriter, parcel: Parcel, source_blocks: Sequence[int]
+    ) -> Written | Failure:
+        """What came of it: on the event loop, or on the transfer thread."""
         try:
-            for parcel in plan_parcels(layer, indices, self._block_ids, region_bytes):
-                if not self._may_write:
-                    return
-                regions = source.take(layer, source_blocks, [first_block + index for index in parcel.indices])
-                checksums, payload = writer.write(parcel, regions)
-                call_on_loop(self._announce, parcel, checksums, payload)
+            first_block = self.ticket.first_block
+            return writer.write(parcel, source.take(parcel.layer, source_blocks, [first_block + i for i in parcel.indices]))
         except Exception as error:  # noqa: BLE001  # whatever it is, the transfer ends with it
-            failure = Failure(TransferError, f"ticket {self.ticket.ticket_id}: writing failed: {error!r}")
-            call_on_loop(self._break, failure)
+            return Failure(TransferError, f"ticket {self.ticket.ticket_id}: writing failed: {error!r}")
 
-    # On the event loop
-
-    def _announce(self, parcel: Parcel, checksums: list[int], payload: Payload) -> None:
-        for frame in self._state.push(parcel.layer, parcel.indices, checksums):
-            self._connection.post(frame, payload, lambda: self._state.phase is not SendPhase.FAILED)
-
-    def _break(self, failure: Failure) -> None:
-        self._state.abandon(failure.reason)
-        self.revoked.set()
-        self._begin_stop()
+    def _on_written(self, parcel: Parcel, written: Written | Failure) -> None:
+        self._is_writing = False
+        if isinstance(written, Failure):
+            self._state.abandon(written.reason)
+            self.revoked.set()
+            self._begin_stop()
+        else:
+            checksums, payload = written
+            for frame in self._state.push(parcel.layer, parcel.indices, checksums):
+                self._connection.post(frame, payload, lambda: self._state.phase is not SendPhase.FAILED)
+        if self._waiting:
+            self._loop.call_soon(self._write_next)
+        else:
+            self._is_quiet.set()

@@ -254,6 +254,7 @@ class KVReceiver:
         await self._slots.acquire()
         if not self._on_push(writer, push, payload):
             self._slots.release()
+        await asyncio.sleep(0)  # everything else on this event loop has its turn
 
     def _on_frame(self, writer: Writer, frame: pb.TransferFrame) -> None:
         ticket_id = named_ticket(frame)
@@ -283,7 +284,7 @@ class KVReceiver:
         regions = [(region, block_ids[region.index]) for region in fresh]
         check = partial(_check, reader, push, regions, payload)
         form = self._writers.region_format(writer, incoming.ticket)
-        if is_quick(len(fresh) * form.region_bytes, writer.transport, form, self._memory.layout):
+        if is_quick(writer.transport, form, self._memory.layout):
             self._on_checked(incoming, len(fresh), check())
             return True
         checking = asyncio.get_running_loop().run_in_executor(self._thread, check)
@@ -355,7 +356,7 @@ class KVReceiver:
 
 
 def _check(reader: PushReader, push: pb.Push, regions: Sequence[tuple[FreshRegion, int]], payload: Payload) -> Failure | None:
-    """On the transfer thread, or for few bytes on the event loop. What was wrong with the push, if anything was."""
+    """What was wrong with the push, if anything was. On the event loop, or on the transfer thread."""
     try:
         is_whole = reader.read(push.layer, regions, payload)
     except Exception as error:  # noqa: BLE001  # whatever it is, the ticket ends with it

@@ -29,8 +29,6 @@ from segue.v1 import transfer_pb2 as pb
 # that its own cost, some tenths of a millisecond of Python, does not show.
 MAX_PUSH_BYTES = 4 * 2**20
 MAX_PUSH_BLOCKS = 512
-# So little is copied and checked in less time than a transfer thread takes to wake up.
-QUICK_BYTES = 2**18
 # ZeroMQ gives each frame memory of its own; this much is still in the processor's caches when it is read.
 MAX_FRAME_BYTES = 2**20
 
@@ -60,9 +58,11 @@ def region_format(ticket: pb.Ticket, target: KVLayout, transport: str, wire_dtyp
     )
 
 
-def is_quick(num_bytes: int, transport: str, form: RegionFormat, layout: KVLayout) -> bool:
-    """Whether the event loop itself brings or takes so many bytes, out of or into memory of this layout."""
-    return num_bytes <= QUICK_BYTES and transport != DIST and form.is_cut_like(layout)
+def is_quick(transport: str, form: RegionFormat, layout: KVLayout) -> bool:
+    """Whether a push of regions, out of or into memory of this layout, takes no longer than an event loop may stand still: some
+    tenths of a millisecond. Not where numbers are converted or a device is waited for. A thread would take that long to be
+    woken up on a busy machine."""
+    return transport != DIST and form.is_cut_like(layout)
 
 
 @dataclass(frozen=True, slots=True)

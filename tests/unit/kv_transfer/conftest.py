@@ -54,8 +54,9 @@ async def pair() -> AsyncIterator[Pair]:
 
 @pytest.fixture
 def transfer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is so little that the event loop copies or checks it itself."""
-    monkeypatch.setattr("kv_transfer.transports.QUICK_BYTES", 0)
+    """The event loop copies and checks nothing itself."""
+    for module in ("push", "receiver"):
+        monkeypatch.setattr(f"kv_transfer.{module}.is_quick", lambda transport, form, layout: False)
 
 
 @pytest.fixture(params=["shm", "tcp", "shm on threads", "tcp on threads"])
