@@ -55,8 +55,7 @@ class Push:
         self._loop_thread = get_ident()
         # Parcels that are not begun, each with the prompt's blocks here.
         self._waiting: deque[tuple[Parcel, Sequence[int]]] = deque()
-        self._is_writing = False
-        # No parcel waits or is being written, as far as the event loop knows.
+        # Not while parcels are written, as far as the event loop knows.
         self._is_quiet = asyncio.Event()
         self._is_quiet.set()
         self._block_ids = tuple(ticket.block_ids)
@@ -110,9 +109,9 @@ class Push:
         parcels = plan_parcels(layer, indices, self._block_ids, self._path[0].format.region_bytes)
         self._waiting.extend((parcel, placed) for parcel in parcels)
         if get_ident() == self._loop_thread:
-            self._write_next()
+            self._begin_writing()
         else:
-            self._loop.call_soon_threadsafe(self._write_next)
+            self._loop.call_soon_threadsafe(self._begin_writing)
 
     async def commit(self, first_token: int, source_blocks: Sequence[int] = ()) -> int:
         """Waits until everything is out and the receiver has taken it over. Returns the bytes that travelled.
@@ -182,19 +181,21 @@ class Push:
 
     async def _flushed(self) -> None:
         """All writes have ended, and their frames are handed to the connection."""
-        self._write_next()  # what another thread sent, if word of it is still on its way
+        self._begin_writing()  # what another thread sent, if word of it is still on its way
         await self._is_quiet.wait()
 
+    def _begin_writing(self) -> None:
+        if self._waiting and self._is_quiet.is_set():
+            self._is_quiet.clear()
+            self._loop.call_soon(self._write_next)
+
     def _write_next(self) -> None:
-        """Brings a parcel over, unless one is under way."""
-        if self._is_writing:
-            return
-        if self._path is None or not self._may_write or not self._waiting:
+        """Brings a parcel over. The next one has its turn after the frame of this one."""
+        if self._path is None or not self._may_write:
             self._waiting.clear()
+        if self._path is None or not self._waiting:
             self._is_quiet.set()
             return
-        self._is_writing = True
-        self._is_quiet.clear()
         parcel, source_blocks = self._waiting.popleft()
         source, writer = self._path
         if is_quick(self.transport, source.format, source.memory.layout):
@@ -214,7 +215,6 @@ class Push:
             return Failure(TransferError, f"ticket {self.ticket.ticket_id}: writing failed: {error!r}")
 
     def _on_written(self, parcel: Parcel, written: Written | Failure) -> None:
-        self._is_writing = False
         if isinstance(written, Failure):
             self._state.abandon(written.reason)
             self.revoked.set()
