@@ -29,8 +29,6 @@ from segue.v1 import transfer_pb2 as pb
 # that its own cost, some tenths of a millisecond of Python, does not show.
 MAX_PUSH_BYTES = 4 * 2**20
 MAX_PUSH_BLOCKS = 512
-# ZeroMQ gives each frame memory of its own; this much is still in the processor's caches when it is read.
-MAX_FRAME_BYTES = 2**20
 
 
 def choose_transport(hello: pb.Hello, host: pb.HostIdentity, accepted: Sequence[str]) -> str | None:
@@ -117,9 +115,7 @@ class TcpWriter:
     region_bytes: int
 
     def write(self, parcel: Parcel, payload: list[memoryview]) -> tuple[list[int], list[memoryview]]:
-        size = max(1, MAX_FRAME_BYTES // self.region_bytes) * self.region_bytes
-        frames = [part[start : start + size] for part in payload for start in range(0, part.nbytes, size)]
-        return checksums(Pieces.of(payload, self.region_bytes), self.region_bytes), frames
+        return checksums(Pieces.of(payload, self.region_bytes), self.region_bytes), payload
 
 
 class PushReader(Protocol):

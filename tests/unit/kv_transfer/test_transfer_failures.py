@@ -401,7 +401,7 @@ async def test_an_oversized_frame_costs_its_sender_the_connection(pair):
     async with raw_peer(pair, receiver.endpoint) as peer:
         await peer.greet()
         await peer.open(incoming.ticket)
-        await peer.send([b"z" * 2**22], push=pb.Push(ticket_id=incoming.ticket.ticket_id))
+        await peer.send([b"z" * 2**23], push=pb.Push(ticket_id=incoming.ticket.ticket_id))
         with pytest.raises(TransferError, match="connection"):
             await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
     pair.assert_untouched(except_blocks=[])
