@@ -101,7 +101,7 @@ class Push:
             raise ValueError(f"layer {layer} of {memory.layout.num_layers}")
         if not first_block <= blocks.start <= blocks.stop <= first_block + len(self._block_ids):
             raise ValueError(f"{blocks}: blocks from {first_block} on are wanted, {len(self._block_ids)} of them")
-        if not all(0 <= source < memory.num_blocks for source in source_blocks):
+        if source_blocks and not 0 <= min(source_blocks) <= max(source_blocks) < memory.num_blocks:
             raise ValueError(f"source blocks beyond the {memory.num_blocks} of this worker")
         if (blocks.stop - 1) * ticket.block_size // memory.layout.block_size >= len(source_blocks):
             raise ValueError(f"{blocks}: beyond the {len(source_blocks)} source blocks")

@@ -24,14 +24,14 @@ from google.protobuf.message import DecodeError
 
 from kv_transfer.faults import NO_FAULTS, Faults
 from kv_transfer.identity import WorkerIdentity
-from kv_transfer.incoming import Arrival, Incoming
+from kv_transfer.incoming import Arrival, Incoming, Intake
 from kv_transfer.plan import shared_heads
 from kv_transfer.protocol import (
     DIST,
     LOCAL,
     Failure,
     Frames,
-    FreshRegion,
+    FreshRegions,
     ReceivingTicket,
     answer_without_ticket,
     named_ticket,
@@ -279,17 +279,19 @@ class KVReceiver:
         self._dispatch(incoming, frames, writer)
         if not fresh:
             return False
-        reader = self._writers.reader(writer, incoming.ticket)
-        block_ids = incoming.ticket.block_ids
-        regions = [(region, block_ids[region.index]) for region in fresh]
-        check = partial(_check, reader, push, regions, payload)
-        form = self._writers.region_format(writer, incoming.ticket)
-        if is_quick(writer.transport, form, self._memory.layout):
+        intake = incoming.intake = incoming.intake or self._intake(writer, incoming.ticket)
+        blocks = [incoming.block_ids[index] for index in fresh.indices]
+        check = partial(_check, intake.reader, push, fresh, blocks, payload)
+        if intake.is_quick:
             self._on_checked(incoming, len(fresh), check())
             return True
         checking = asyncio.get_running_loop().run_in_executor(self._thread, check)
         checking.add_done_callback(lambda checked: self._on_checked(incoming, len(fresh), checked.result()))
         return True
+
+    def _intake(self, writer: Writer, ticket: pb.Ticket) -> Intake:
+        form = self._writers.region_format(writer, ticket)
+        return Intake(self._writers.reader(writer, ticket), is_quick(writer.transport, form, self._memory.layout))
 
     def _on_checked(self, incoming: Incoming, num_regions: int, failure: Failure | None) -> None:
         self._slots.release()
@@ -355,10 +357,10 @@ class KVReceiver:
             incoming.leave_open(failure)
 
 
-def _check(reader: PushReader, push: pb.Push, regions: Sequence[tuple[FreshRegion, int]], payload: Payload) -> Failure | None:
+def _check(reader: PushReader, push: pb.Push, regions: FreshRegions, blocks: Sequence[int], payload: Payload) -> Failure | None:
     """What was wrong with the push, if anything was. On the event loop, or on the transfer thread."""
     try:
-        is_whole = reader.read(push.layer, regions, payload)
+        is_whole = reader.read(push.layer, regions, blocks, payload)
     except Exception as error:  # noqa: BLE001  # whatever it is, the ticket ends with it
         return Failure(TransferError, f"what was pushed for ticket {push.ticket_id} could not be taken: {error}")
     return None if is_whole else Failure(ChecksumMismatch, f"layer {push.layer} of ticket {push.ticket_id} arrived damaged")

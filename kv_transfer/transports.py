@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from kv_transfer.identity import same_host
 from kv_transfer.pieces import Pieces, checksums
 from kv_transfer.plan import RegionFormat, TargetRegions
-from kv_transfer.protocol import DIST, SHM, TCP, FreshRegion
+from kv_transfer.protocol import DIST, SHM, TCP, FreshRegions
 from kv_transfer.tensors import Memory, TensorMemory, host_memory
 from segue.errors import ConfigError
 from segue.kv_layout import KVLayout
@@ -119,31 +119,29 @@ class TcpWriter:
 
 
 class PushReader(Protocol):
-    def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Any) -> bool:
-        """Takes (region, destination block) pairs of one push into the memory; False when a checksum does not hold."""
+    def read(self, layer: int, regions: FreshRegions, blocks: Sequence[int], payload: Any) -> bool:
+        """Takes regions of one push into `blocks` of the memory; False when a checksum does not hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShmReader:
     target: TargetRegions
 
-    def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Sequence[memoryview]) -> bool:
-        found = self.target.checksums(layer, [block for _, block in regions])
-        return found == [region.checksum for region, _ in regions]
+    def read(self, layer: int, regions: FreshRegions, blocks: Sequence[int], payload: Sequence[memoryview]) -> bool:
+        return self.target.checksums(layer, blocks) == regions.checksums
 
 
 @dataclass(frozen=True, slots=True)
 class TcpReader:
     target: TargetRegions
 
-    def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Sequence[memoryview]) -> bool:
+    def read(self, layer: int, regions: FreshRegions, blocks: Sequence[int], payload: Sequence[memoryview]) -> bool:
         size = self.target.format.region_bytes
-        blocks, expected = [block for _, block in regions], [region.checksum for region, _ in regions]
-        fresh = _regions_at([region.position for region, _ in regions], payload, size)
+        fresh = _regions_at(regions.positions, payload, size)
         if self.target.is_direct:
             # One pass: damaged bytes lie then in blocks that nobody reads, as their ticket fails.
-            return self.target.copy(layer, blocks, fresh) == expected
-        if checksums(Pieces.of(fresh, size), size) != expected:
+            return self.target.copy(layer, blocks, fresh) == regions.checksums
+        if checksums(Pieces.of(fresh, size), size) != regions.checksums:
             return False
         self.target.convert(layer, blocks, fresh)
         return True
