@@ -106,7 +106,7 @@ class Push:
         if (blocks.stop - 1) * ticket.block_size // memory.layout.block_size >= len(source_blocks):
             raise ValueError(f"{blocks}: beyond the {len(source_blocks)} source blocks")
         indices, placed = range(blocks.start - first_block, blocks.stop - first_block), tuple(source_blocks)
-        parcels = plan_parcels(layer, indices, self._block_ids, self._path[0].format.region_bytes)
+        parcels = plan_parcels(self.transport, layer, indices, self._block_ids, self._path[0].format.region_bytes)
         self._waiting.extend((parcel, placed) for parcel in parcels)
         if get_ident() == self._loop_thread:
             self._begin_writing()

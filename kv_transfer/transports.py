@@ -29,6 +29,8 @@ from segue.v1 import transfer_pb2 as pb
 # that its own cost, some tenths of a millisecond of Python, does not show.
 MAX_PUSH_BYTES = 4 * 2**20
 MAX_PUSH_BLOCKS = 512
+# Over TCP less of it: what is on its way is copied into frames and out of them, and is to stay in the caches in between.
+_TCP_PUSH_BYTES = 2 * 2**20
 
 
 def choose_transport(hello: pb.Hello, host: pb.HostIdentity, accepted: Sequence[str]) -> str | None:
@@ -72,9 +74,12 @@ class Parcel:
     targets: Sequence[int]
 
 
-def plan_parcels(layer: int, indices: Sequence[int], block_ids: Sequence[int], region_bytes: int) -> Iterator[Parcel]:
+def plan_parcels(
+    transport: str, layer: int, indices: Sequence[int], block_ids: Sequence[int], region_bytes: int
+) -> Iterator[Parcel]:
     """Cuts blocks, `indices` into `block_ids`, into pushes."""
-    size = max(1, min(MAX_PUSH_BYTES // region_bytes, MAX_PUSH_BLOCKS))
+    max_bytes = _TCP_PUSH_BYTES if transport == TCP else MAX_PUSH_BYTES
+    size = max(1, min(max_bytes // region_bytes, MAX_PUSH_BLOCKS))
     for start in range(0, len(indices), size):
         part = indices[start : start + size]
         yield Parcel(layer, part, [block_ids[index] for index in part])
