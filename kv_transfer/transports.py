@@ -7,7 +7,7 @@
 | dist      | hands tensors to torch.distributed          | checks them, then scatters them           |
 | local     | does nothing: both phases share one cache   | has nothing to do                         |
 
-Writers and readers run on transfer threads; see pieces.py for their work on bytes.
+Writers and readers run on the event loop or on transfer threads (`is_quick`); see pieces.py for their work on bytes.
 """
 
 from __future__ import annotations
