@@ -191,9 +191,8 @@ class Push:
 
     def _write_next(self) -> None:
         """Brings a parcel over. The next one has its turn after the frame of this one."""
-        if self._path is None or not self._may_write:
+        if self._path is None or not self._may_write or not self._waiting:
             self._waiting.clear()
-        if self._path is None or not self._waiting:
             self._is_quiet.set()
             return
         parcel, source_blocks = self._waiting.popleft()

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _UNACKNOWLEDGED_MS = 2_500
 # On a connection that says nothing.
 _KEEPALIVE_S = 10
-# Pushes or others; when the queues are full the writer waits.
+# When the queues are full the writer waits.
 _QUEUED_MESSAGES = 4
 _MAX_CONTROL_BYTES = 2**16
 # Of glibc's mallopt(3), and what they are set to: frames are to come out of memory that the process keeps for them.
