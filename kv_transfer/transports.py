@@ -59,8 +59,8 @@ def region_format(ticket: pb.Ticket, target: KVLayout, transport: str, wire_dtyp
 
 
 def is_quick(transport: str, form: RegionFormat, layout: KVLayout) -> bool:
-    """Whether a push of regions, out of or into memory of this layout, takes no longer than an event loop may stand still, about
-    a millisecond: not where numbers are converted or a device is waited for. Threads take longer than that to wake up on a busy
+    """Whether a push, out of or into memory of this layout, takes no longer than an event loop may stand still, about a
+    millisecond: not where numbers are converted or a device is waited for. Threads take longer than that to wake up on a busy
     machine."""
     return transport != DIST and form.is_cut_like(layout)
 
