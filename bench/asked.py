@@ -62,6 +62,10 @@ class AskedProcess:
             self._process.kill()
             await self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Raises InternalError when the process ends or says nothing."""
         assert self._process.stdin is not None
@@ -81,4 +85,4 @@ class AskedProcess:
     def _signal(self, number: signal.Signals) -> None:
         """To the process and its children, if it rests at times."""
         if self._rests and self._process.returncode is None:
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
