@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ async def test_a_process_that_rests_is_stopped_between_two_questions() -> None:
         for question in ({"a": 1}, {"a": 2}):
             assert await process.ask(question) == question
             # Returns once it is stopped.
-            assert os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT) is not None
+            assert await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def test_sizes_are_what_their_names_say() -> None:
