@@ -32,7 +32,7 @@ test: install ## Run every check and test, as CI does; ARGS="..." goes to pytest
 
 test-deploy: install ## Check chart, manifests and image with real tools, which it fetches; ARGS="..." goes to pytest
 	@$(BIN)/python tests/deploy/get_tools.py
-	@$(BIN)/python -m pytest -q --no-header tests/deploy $(ARGS)
+	@$(BIN)/python -m pytest -q --no-header -n 2 --dist loadfile tests/deploy $(ARGS)
 
 test-multihost: install ## Run a Ray cluster over hosts in network namespaces, which takes root; ARGS="..." goes to pytest
 	@$(BIN)/python -m pytest -q --no-header tests/multihost $(ARGS)

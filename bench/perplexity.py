@@ -147,7 +147,7 @@ def run(model: str, *, flags: dict[str, object], kernels: str, console: Console)
     handle = resolve(model)
     tokenizer = Tokenizer.from_dir(handle.path)
     text = tokenizer.encode(evaluation_text())[: ModelConfig.from_dir(handle.path).max_context]
-    prompts = [tokenizer.encode_chat([ChatMessage("user", question)]) for question in QUESTIONS]
+    prompts = [tokenizer.encode_chat([ChatMessage("user", question)], now_unix_s=0) for question in QUESTIONS]
     measured = {}
     with console.status("") as state:
         ensure_calibrated(handle.path, lambda message, _share: state.update(message))

@@ -119,8 +119,10 @@ class Cluster:
 
     async def _watch_workers(self, note: Note) -> None:
         watch = WorkerWatch(await self.workers())
-        reachable = True
+        reachable, problem = True, ""
         async for _ in self.membership.changes(_LOOK_AT_LEAST_EVERY_S):
+            if self.driver_events.problem != problem and (problem := self.driver_events.problem):
+                note(problem)
             try:
                 lines = watch.look(await self.workers())
             except StoreUnavailable as error:

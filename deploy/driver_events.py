@@ -26,15 +26,21 @@ class ReplicaEnded:
 
 
 class DriverEvents:
-    """`on_line` takes the driver's output; `first_word` tells when Ray runs; ended replicas wait to be asked for."""
+    """`on_line` takes the driver's output; `first_word` tells when Ray runs; ended replicas wait to be asked for; `problem` is
+    what workers wait for, empty if Ray has room for all."""
 
     def __init__(self) -> None:
+        self.problem = ""
         self.first_word = FirstWord()
         self._ended: asyncio.Queue[ReplicaEnded] = asyncio.Queue()
 
     def on_line(self, line: str) -> None:
         self.first_word.on_line(line)
-        if (event := parse_event(line)) is not None and event["event"] == "replica_ended":
+        if (event := parse_event(line)) is None:
+            return
+        if event["event"] == "room":
+            self.problem = str(event["problem"])
+        elif event["event"] == "replica_ended":
             worker_id = str(event["worker_id"])
             error = None if event["drained"] else error_from_code(event["code"], f"{worker_id}: {event['error']}")
             self._ended.put_nowait(ReplicaEnded(worker_id, error, bool(event["again"])))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,8 @@ class Launch:
         self._report = report
         self._programs = programs
         self._stack = AsyncExitStack()
+        # What workers wait for that Ray has no room for.
+        self._missing_room = ""
 
     async def __aenter__(self) -> Cluster:
         try:
@@ -81,7 +83,10 @@ class Launch:
         except BaseException as error:
             await self._stack.aclose()
             if isinstance(error, TimeoutError):
-                raise DeadlineExceeded(f"the cluster did not start within {START_LIMIT_S:.0f} s; logs: {logs_dir()}") from None
+                why = f": {self._missing_room}" if self._missing_room else ""
+                raise DeadlineExceeded(
+                    f"the cluster did not start within {START_LIMIT_S:.0f} s{why}; logs: {logs_dir()}"
+                ) from None
             raise
 
     async def __aexit__(
@@ -96,7 +101,8 @@ class Launch:
         logs = _new_log_folder(cluster_id)
         redis, valkey = await self._start_store(logs)
         membership = await enter(Membership(redis, cluster_id))
-        await membership.list_workers()  # a store that does not answer is told now
+        # A store that does not answer is told now. What an earlier life of the cluster left behind is there until it lapses.
+        earlier = {record.worker_id: record.epoch for record in await membership.list_workers()}
         self._report(Stage("store", "done", "embedded Valkey" if valkey else "the given Redis"))
         settings = await self._scaled(settings, redis, cluster_id)
         model = await self._resolve_model()
@@ -117,7 +123,9 @@ class Launch:
         self._stack.push_async_callback(routers.stop)
         await routers.start()
         async with background(_fail_when_it_exits(driver), events.raise_failures()):
-            await all_of(self._until_ray_serves(cluster), self._until_announced(cluster, workers), self._until_routed(cluster))
+            await all_of(
+                self._until_ray_serves(cluster), self._until_announced(cluster, workers, earlier), self._until_routed(cluster)
+            )
             await self._until_ready(cluster)
         return cluster
 
@@ -162,15 +170,16 @@ class Launch:
         await cluster.routers.serving()
         self._report(Stage("router", "done", f"http {cluster.http}, grpc {cluster.grpc}"))
 
-    async def _until_announced(self, cluster: Cluster, workers: Sequence[WorkerSettings]) -> None:
+    async def _until_announced(self, cluster: Cluster, workers: Sequence[WorkerSettings], earlier: Mapping[str, int]) -> None:
+        """In later epochs than the `earlier` ones."""
         wanted = {worker.worker_id for worker in workers}
-        announced: set[str] = set()
-        self._report(Stage("workers", "running", f"0 of {len(wanted)} serve"))
+        shown = ""
         async for _ in cluster.membership.changes(_LOOK_AT_LEAST_EVERY_S):
-            now = {record.worker_id for record in await cluster.membership.list_workers()} & wanted
-            if now != announced:
-                announced = now
-                state = f"{len(announced)} of {len(wanted)} serve: {', '.join(sorted(announced))}"
+            records = await cluster.membership.list_workers()
+            announced = wanted & {one.worker_id for one in records if one.epoch > earlier.get(one.worker_id, -1)}
+            self._missing_room = cluster.driver_events.problem
+            if (state := _state_of(announced, wanted, self._missing_room)) != shown:
+                shown = state
                 self._report(Stage("workers", "running", state, len(announced) / len(wanted)))
             if announced == wanted:
                 break
@@ -197,6 +206,12 @@ class Launch:
         self._report(Stage("ready", "done", "a canary request went all the way"))
 
 
+def _state_of(announced: set[str], wanted: set[str], problem: str) -> str:
+    state = f"{len(announced)} of {len(wanted)} serve"
+    names = f": {', '.join(sorted(announced))}" if announced else ""
+    return f"{state}{names}; {problem}" if problem else state + names
+
+
 def _check_starts(cluster_id: str, worker_ids: set[str]) -> None:
     for worker_id in sorted(worker_ids):
         log = worker_log(cluster_id, worker_id)
@@ -212,12 +227,14 @@ async def _fail_when_it_exits(child: Child) -> None:
 
 
 def _new_log_folder(cluster_id: str) -> Path:
-    """Makes room first: the logs of the latest runs are kept."""
+    """Makes room first: the logs of the latest runs are kept, those of this cluster's earlier lives among them."""
     runs = sorted((path for path in logs_dir().glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for run in runs[: 1 - _KEPT_RUNS]:
         shutil.rmtree(run, ignore_errors=True)
     folder = logs_dir() / cluster_id
     try:
+        if folder.exists():
+            folder.rename(folder.with_name(f"{cluster_id}.{folder.stat().st_mtime_ns}"))
         folder.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"cannot write logs to {folder}: {error.strerror}; set SEGUE_HOME to another folder") from None

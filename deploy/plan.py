@@ -6,7 +6,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-from deploy.ray_driver import DriverPlan
+from deploy.driver_plan import DriverPlan
 from segue.config import (
     LOOPBACK_NAMES,
     ClusterSettings,

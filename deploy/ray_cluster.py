@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from deploy.child import Child
-from deploy.ray_driver import DriverPlan
+from deploy.driver_plan import DriverPlan
 
 # Ray puts sockets in its folder, and the path of a socket may have 107 characters: so /tmp, and not a longer TMPDIR.
 TEMP_ROOT = Path("/tmp")  # mkdtemp makes the folder below it, for its owner alone

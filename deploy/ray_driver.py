@@ -2,7 +2,8 @@
 
 A process of its own: Ray's settings, threads, signal handlers and output stay out of the launcher, several clusters can run
 side by side, and whatever happens to the launcher, this process ends and Ray ends with it. Its plan comes as JSON on stdin;
-what it has to say goes to stdout as JSON lines: `serving` once Ray runs, then `replica_ended` for each replica that returned.
+what it has to say goes to stdout as JSON lines: `serving` once Ray runs, then `replica_ended` for each replica that returned,
+and `room` with what workers wait for, when that changes: empty once all have a place.
 """
 
 from __future__ import annotations
@@ -12,56 +13,24 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import AsyncIterator, Collection, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NoReturn
 
+from deploy.driver_plan import DriverPlan
+from deploy.ray_start import init_ray
 from deploy.replica import Outcome, Replica
+from deploy.room import Demand, never_fits, not_free, rank_resources
 from deploy.scaling import Scaling
 from segue.config import WorkerSettings
 from segue.membership import Membership
 from segue.pools import PoolStore
 from segue.runtime import background, stop_event
 
-_OBJECT_STORE_BYTES = 80 * 2**20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-# A resource of the local Ray, of which every actor takes one and there is always enough: the cores there are do not limit how
-# many workers share them.
-_SLOT, _NUM_SLOTS = "segue_slot", 10_000
-_HELPERS = ("start_monitor", "start_log_monitor", "start_api_server")
-
-
-@dataclass(frozen=True, slots=True)
-class DriverPlan:
-    """What to run. `ray_address` empty: a local Ray with its files in `temp_dir`."""
-
-    cluster_id: str
-    ray_address: str
-    # "module:coroutine function", given WorkerSettings.
-    entry: str
-    # WorkerSettings as JSON, one for each replica.
-    workers: tuple[str, ...]
-    # Over the nodes of a Ray cluster: a worker is then reached at the address of the node that it lands on.
-    spread: bool
-    temp_dir: str = ""
-    # Custom resources of the nodes that each role's actors are for, and how much one takes.
-    prefill_resources: dict[str, float] = field(default_factory=dict)
-    decode_resources: dict[str, float] = field(default_factory=dict)
-
-    def with_temp_dir(self, temp_dir: str) -> DriverPlan:
-        return replace(self, temp_dir=temp_dir)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> DriverPlan:
-        values = json.loads(text)
-        return cls(**{**values, "workers": tuple(values["workers"])})
-
-    def worker_settings(self) -> list[WorkerSettings]:
-        return [WorkerSettings.model_validate_json(text) for text in self.workers]
+# Ray needs a moment to start an actor that it has room for.
+_PATIENCE_S = 5.0
+_LOOK_EVERY_S = 0.5
 
 
 def say(event: str, **values: str | bool) -> None:
@@ -83,8 +52,8 @@ class Supervisor:
         self._workers = plan.worker_settings()
         # By worker id, until the replica has left for good.
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        # Those for which Ray has found room.
-        self._placed: set[str] = set()
+        # Those for which Ray has not found room yet, since when, on the monotonic clock.
+        self._unplaced_since_s: dict[str, float] = {}
 
     async def run(self) -> None:
         """Until SIGTERM; every replica is then ended."""
@@ -93,7 +62,7 @@ class Supervisor:
             self._keep(worker)
         say("serving", address=self._ray.get_runtime_context().gcs_address)
         try:
-            async with self._scaling():
+            async with self._scaling(), background(self._tell_of_room()):
                 await stop.wait()
         finally:
             for worker_id in self.running:
@@ -134,19 +103,35 @@ class Supervisor:
     def end(self, worker_id: str) -> None:
         self._tasks[worker_id].cancel()
 
+    async def _tell_of_room(self) -> NoReturn:
+        told = ""
+        while True:
+            if (problem := self.what_is_missing(self.running)) != told:
+                say("room", problem=problem)
+                told = problem
+            await asyncio.sleep(_LOOK_EVERY_S)
+
     def what_is_missing(self, worker_ids: Iterable[str]) -> str:
-        waiting = [worker_id for worker_id in worker_ids if worker_id in self._tasks and worker_id not in self._placed]
+        """What is short in the whole cluster is told at once; what may be free in a moment, after a while."""
+        waiting = [worker_id for worker_id in worker_ids if worker_id in self._unplaced_since_s]
         if not waiting:
             return ""
-        takes = self._resources(self._like(waiting[0]))
         try:
-            free = self._ray.available_resources()
+            free, total = self._ray.available_resources(), self._ray.cluster_resources()
         except self._ray.exceptions.RayError:  # its head does not answer
             return ""
-        return (
-            f"Ray has no room yet for {', '.join(waiting)}: a rank of {waiting[0]} takes {_amounts(takes)}, and free in the "
-            f"whole cluster are {_amounts({name: free.get(name, 0) for name in takes})}"
-        )
+        problem = never_fits([self._demand(worker_id) for worker_id in self.running], total)
+        if not problem:
+            patient_s = time.monotonic() - _PATIENCE_S
+            waiting = [worker_id for worker_id in waiting if self._unplaced_since_s[worker_id] < patient_s]
+            if not waiting:
+                return ""
+            problem = not_free(self._demand(waiting[0]), free, total)
+        return f"Ray has no room yet for {', '.join(waiting)}: {problem}; add nodes, or ask for fewer workers"
+
+    def _demand(self, worker_id: str) -> Demand:
+        worker = self._like(worker_id)
+        return Demand(self._resources(worker), worker.num_ranks)
 
     async def _supervise(self, worker: WorkerSettings) -> None:
         """Until the replica left for good."""
@@ -169,18 +154,20 @@ class Supervisor:
         """Until its run returns; Ray restarts a process that died."""
         strategy = "SPREAD" if self._plan.spread else "DEFAULT"
         actor = self._start(worker, max_restarts=-1, max_task_retries=-1, scheduling_strategy=strategy)
-        placing = asyncio.create_task(self._note_placed(worker, actor))
+        self._unplaced_since_s[worker.worker_id] = time.monotonic()
+        # Asked before it runs: it does one thing at a time.
+        placing = asyncio.create_task(self._note_placed(worker, actor.__ray_ready__.remote()))
         try:
             return await self._outcome(actor.run.remote(self._plan.entry))
         finally:
             placing.cancel()
-            self._placed.discard(worker.worker_id)
+            self._unplaced_since_s.pop(worker.worker_id, None)
             self._ray.kill(actor)
 
-    async def _note_placed(self, worker: WorkerSettings, actor: Any) -> None:
+    async def _note_placed(self, worker: WorkerSettings, ready: Any) -> None:
         with suppress(self._ray.exceptions.RayError):
-            await actor.__ray_ready__.remote()
-            self._placed.add(worker.worker_id)
+            await ready
+            self._unplaced_since_s.pop(worker.worker_id, None)
 
     async def _run_ranks(self, worker: WorkerSettings) -> Outcome:
         """Until the first of them ends; then none is left."""
@@ -190,9 +177,10 @@ class Supervisor:
         placement = self._ray.util.placement_group(bundles, strategy="STRICT_PACK")
         actors: list[Any] = []
         runs: list[asyncio.Task[Outcome]] = []
+        self._unplaced_since_s[worker.worker_id] = time.monotonic()
         try:
             await placement.ready()
-            self._placed.add(worker.worker_id)
+            del self._unplaced_since_s[worker.worker_id]
             for rank in range(worker.num_ranks):
                 strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
                     placement, placement_group_bundle_index=rank
@@ -205,7 +193,7 @@ class Supervisor:
             # The others end with rank 0, which alone knows what comes next.
             return await runs[0] if outcome["drained"] else outcome
         finally:
-            self._placed.discard(worker.worker_id)
+            self._unplaced_since_s.pop(worker.worker_id, None)
             for run in runs:
                 run.cancel()
             for actor in actors:
@@ -231,61 +219,8 @@ class Supervisor:
         return make.remote(worker.model_dump_json(), self._plan.spread)
 
     def _resources(self, worker: WorkerSettings) -> dict[str, float]:
-        """Of one actor. On a real cluster they take the cores that they keep busy."""
-        if not self._plan.ray_address:
-            return {_SLOT: 1.0, **_gpus(worker)}
-        custom = self._plan.decode_resources if worker.only_decodes else self._plan.prefill_resources
-        threads = worker.threads or self._fair_threads()
-        return custom | {"CPU": threads if self._plan.spread else 1} | _gpus(worker)
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
-
-
-def _gpus(worker: WorkerSettings) -> dict[str, int]:
-    """Ranks must not share a GPU; Ray lets each see its own alone. Not run on hardware."""
-    return {"GPU": 1} if worker.device == "cuda" and worker.num_ranks > 1 else {}
-
-
-def init_ray(ray: Any, plan: DriverPlan) -> None:
-    workers = plan.worker_settings()
-    common = {"namespace": f"segue-{plan.cluster_id}", "log_to_driver": False, "logging_level": "warning"}
-    if plan.ray_address:
-        ray.init(address=plan.ray_address, **common)
-        return
-    with _without_helpers(ray):
-        ray.init(
-            address="local",
-            # So many processes are begun at once, to become the actors.
-            num_cpus=sum(worker.num_ranks for worker in workers),
-            resources={_SLOT: _NUM_SLOTS},
-            num_gpus=sum(worker.num_ranks * _gpus(worker).get("GPU", 0) for worker in workers),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=plan.temp_dir,
-            **common,
-        )
-
-
-@contextmanager
-def _without_helpers(ray: Any) -> Iterator[None]:
-    """Leaves out what a Ray of one host has no use for: autoscaler, log collector, and the API server that remains of the
-    dashboard without a dashboard, for which ray.init waits. It has no switch for them. A Ray in which these names are others
-    starts them, and is only slower; test_launch tells of it."""
-    node = ray._private.node.Node  # noqa: SLF001
-    kept = {name: getattr(node, name) for name in _HELPERS if hasattr(node, name)}
-    for name in kept:
-        setattr(node, name, _start_nothing)
-    try:
-        yield
-    finally:
-        for name, method in kept.items():
-            setattr(node, name, method)
-
-
-def _start_nothing(_node: Any, **_: Any) -> None:
-    pass
+        """Of one actor."""
+        return rank_resources(self._plan, worker, worker.threads or self._fair_threads())
 
 
 def main() -> int:

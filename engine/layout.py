@@ -13,7 +13,7 @@ def kv_layout(config: ModelConfig, settings: EngineSettings, model_revision: str
     """Of the KV that the rank `shard` holds. `model_revision` stands for the weights: workers with different ones never
     exchange KV, nor do workers of clusters that hold them in different formats. Raises ConfigError for a block size that would
     misplace int8's scales."""
-    dtype = settings.dtype if settings.kv_dtype == "auto" else settings.kv_dtype
+    dtype = settings.kv_format
     if dtype == "int8" and config.head_dim * settings.block_size % 4:
         raise ConfigError(f"block_size: must be a multiple of 4 for int8 KV with heads of {config.head_dim} elements")
     return KVLayout(

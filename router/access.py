@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from router.caller import ANONYMOUS, Caller, CallerLimits
-from router.console.files import FILES
+from router.console.files import FILES, WITH_SLASH
 from router.file_watch import follow, stamp_of
 from segue.api_keys import PERMISSIONS, ApiKey, Permission, find_key, read_keys
 from segue.cluster_secret import ClusterSecret, cache_salt
@@ -32,7 +32,7 @@ _HTTP_PATHS: dict[str, Needs] = {
     "/ready": _OPEN,
     "/metrics": _OBSERVE,
     "/console/state": _WATCH,
-    **dict.fromkeys(FILES, _OPEN),
+    **dict.fromkeys((*FILES, WITH_SLASH), _OPEN),
 }
 # By rpc, or by service. Clients wait for a cluster by its status.
 _GRPC_METHODS: dict[str, Needs] = {

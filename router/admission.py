@@ -49,8 +49,10 @@ class Admission:
         self._max_wait_s = max_wait_s
         self._queue: FairQueue[asyncio.Event] = FairQueue()
         self.num_active = 0
-        # Seconds between two admissions by the tokens of the first, while others waited.
-        self._pace = Trend()
+        # Seconds between two admissions by the tokens of the first. Room comes in bursts: many gaps of nothing and a long one
+        # are one pace.
+        self._pace = Trend(most_times_expected=None)
+        # When the last admission was, and its tokens; None if there has been room since, so that nothing is learned.
         self._last: tuple[float, int] | None = None
         self._is_pumping = False
         fleet.on_change = self._pump_soon
@@ -65,6 +67,8 @@ class Admission:
         DeadlineExceeded as soon as `deadline_s`, on the loop's clock, has passed."""
         caller, cost = request.caller, len(request.prompt_token_ids)
         self._refuse_if_hopeless(request, deadline_s)
+        if not self._queue and self._has_room():
+            self._last = None
         waiting = Waiting(asyncio.Event(), caller.tenant, caller.priority, cost)
         self._queue.push(waiting, caller.weight)
         self._pump()
@@ -95,10 +99,7 @@ class Admission:
 
     def predicted_wait_s(self, request: SequenceRequest) -> float:
         """Until the request's turn, were it to come now; as fast as turns came lately, or as workers can compute prompts."""
-        if not self._queue and self._has_room():
-            return 0.0
-        caller = request.caller
-        ahead = self._queue.cost_ahead(caller.tenant, caller.priority, len(request.prompt_token_ids))
+        ahead = self._queue.cost_ahead(request.caller.tenant, request.caller.priority)
         return ahead * (self._pace.ratio or self._seconds_per_token())
 
     def _seconds_per_token(self) -> float:
@@ -129,13 +130,11 @@ class Admission:
     def _pump(self) -> None:
         """Lets the next one in, if there is room."""
         self._is_pumping = False
-        if not self._queue or self.num_active >= self._max_active or not self._has_room():
-            if not self._queue:
-                self._last = None
+        if not self._queue or not self._has_room():
             return
         waiting = self._queue.pop()
         now_s = asyncio.get_running_loop().time()
-        if self._last is not None and self._queue:
+        if self._last is not None:
             last_s, last_cost = self._last
             self._pace.add(last_cost, now_s - last_s)
         self._last = (now_s, waiting.cost)
@@ -144,7 +143,10 @@ class Admission:
         self._pump_soon()
 
     def _has_room(self) -> bool:
-        """Whether some worker of each role can begin with more soon. Without any worker there is nothing to wait for here."""
+        """Whether one more may run, and some worker of each role can begin with more soon. Without any worker there is nothing
+        to wait for here."""
+        if self.num_active >= self._max_active:
+            return False
         columns = self._fleet.columns
         prefills, decodes = columns["available"] & columns["prefills"], columns["available"] & columns["decodes"]
         if not prefills.any() or not decodes.any():

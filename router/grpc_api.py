@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
@@ -92,10 +93,12 @@ class InferenceServicer:
     async def _generate(self, request_id: str, data: bytes, context: _Context) -> None:
         async with _errors_abort(context):
             with self._service.metrics.track(_API) as meter:
-                spec = await self._plan(request_id, parse(pb.GenerateRequest, data), _deadline_s(context))
+                request = parse(pb.GenerateRequest, data)
+                created_unix_s = request.resume.created_unix_s or int(time.time())
+                spec = await self._plan(request_id, request, created_unix_s, _deadline_s(context))
                 with self._service.records.record(spec.request_id, _API, len(spec.prompt_token_ids)) as record:
                     try:
-                        await self._send(context, self._started(spec))
+                        await self._send(context, self._started(spec, created_unix_s))
                         async with aclosing(self._service.generate(spec, record)) as events:
                             async for event in events:
                                 meter.see(event)
@@ -111,7 +114,7 @@ class InferenceServicer:
         kind = request.WhichOneof("input")
         if kind is None:
             raise InvalidRequest("input", "is missing; give text or chat")
-        token_ids = await (self._encode_chat(request.chat) if kind == "chat" else self._service.encode_text(request.text))
+        token_ids = await self._encode(request, int(time.time()))
         return pb.TokenizeResponse(token_ids=token_ids, max_context=self._service.limits.max_context).SerializeToString()
 
     async def list_models(self, data: bytes) -> bytes:
@@ -129,7 +132,9 @@ class InferenceServicer:
         parse(pb.GetClusterStatusRequest, data)
         return self._service.server.status().SerializeToString()
 
-    async def _plan(self, request_id: str, request: pb.GenerateRequest, deadline_s: float | None) -> GenerationSpec:
+    async def _plan(
+        self, request_id: str, request: pb.GenerateRequest, created_unix_s: int, deadline_s: float | None
+    ) -> GenerationSpec:
         self._check_model(request.model)
         kind = request.WhichOneof("prompt")
         if kind is None:
@@ -139,7 +144,7 @@ class InferenceServicer:
             [Seen(tuple(choice.token_ids), is_finished=choice.finished) for choice in request.resume.choices],
         )
         names = {"prompt": kind, "logprobs": "num_logprobs"}
-        token_ids = await self._prompt_token_ids(request)
+        token_ids = list(request.token_ids.ids) if kind == "token_ids" else await self._encode(request, created_unix_s)
         return self._service.build_spec(
             request_id,
             token_ids,
@@ -151,32 +156,33 @@ class InferenceServicer:
             deadline_s=deadline_s,
         )
 
-    async def _prompt_token_ids(self, request: pb.GenerateRequest) -> list[int]:
-        if request.HasField("token_ids"):
-            return list(request.token_ids.ids)
+    async def _encode(self, request: pb.GenerateRequest | pb.TokenizeRequest, now_unix_s: int) -> list[int]:
         if request.HasField("chat"):
-            return await self._encode_chat(request.chat)
+            return await self._encode_chat(request.chat, now_unix_s)
         return await self._service.encode_text(request.text)
 
-    async def _encode_chat(self, chat: pb.Chat) -> list[int]:
+    async def _encode_chat(self, chat: pb.Chat, now_unix_s: int) -> list[int]:
         if not chat.messages:
             raise InvalidRequest("messages", "is empty; a chat has at least one message")
         for message in chat.messages:
             if message.role not in {"system", "user", "assistant"}:
                 raise InvalidRequest("role", f"must be system, user or assistant, not {message.role!r}")
-        return await self._service.encode_chat([ChatMessage(message.role, message.content) for message in chat.messages])
+        return await self._service.encode_chat(
+            [ChatMessage(message.role, message.content) for message in chat.messages], now_unix_s
+        )
 
     def _check_model(self, name: str) -> None:
         if name:
             self._service.check_model(name)
 
-    def _started(self, spec: GenerationSpec) -> pb.GenerateResponse:
+    def _started(self, spec: GenerationSpec, created_unix_s: int) -> pb.GenerateResponse:
         return pb.GenerateResponse(
             started=pb.Started(
                 request_id=spec.request_id,
                 model=self._service.model_name,
                 num_prompt_tokens=len(spec.prompt_token_ids),
                 seed=spec.sampling.seed,
+                created_unix_s=created_unix_s,
             )
         )
 

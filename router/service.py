@@ -64,12 +64,13 @@ class Service:
             return self.tokenizer.encode(text)
         return await asyncio.to_thread(self.tokenizer.encode, text)
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    async def encode_chat(self, messages: Sequence[ChatMessage], now_unix_s: int) -> list[int]:
+        """`now_unix_s` is what the chat template takes for the time."""
         if len(messages) > MAX_MESSAGES:
             raise InvalidRequest("messages", f"at most {MAX_MESSAGES}, not {len(messages)}")
         if sum(len(message.content) for message in messages) <= _INLINE_CHARACTERS:
-            return self.tokenizer.encode_chat(messages)
-        return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+            return self.tokenizer.encode_chat(messages, now_unix_s)
+        return await asyncio.to_thread(self.tokenizer.encode_chat, messages, now_unix_s)
 
     def build_spec(
         self,

@@ -130,7 +130,9 @@ class EngineSettings(Settings):
     keep_float: Annotated[tuple[LinearName, ...], BeforeValidator(parse_names)] = Field(
         (), description=f"Linear layers that are never quantized, of {', '.join(get_args(LinearName))}"
     )
-    kv_dtype: KVDtype = Field("auto", description="Number format of the KV cache; auto is the dtype")
+    kv_dtype: KVDtype = Field(
+        "auto", description="Number format of the KV cache; auto is bfloat16 with quantized weights, else the dtype"
+    )
     decode_kv_dtype: KVDtype | None = Field(
         None, description="The same for workers that only decode; needs --kv-wire where it differs"
     )
@@ -152,6 +154,13 @@ class EngineSettings(Settings):
     chaos: Annotated[str, AfterValidator(check_chaos)] = Field(
         "", description='Faults to inject, such as "seed=1,drop=0.01,kill=decode@push:3" (docs/chaos.md); none if not given'
     )
+
+    @property
+    def kv_format(self) -> str:
+        """The number format that `kv_dtype` stands for."""
+        if self.kv_dtype != "auto":
+            return self.kv_dtype
+        return self.dtype if self.quantization == "none" else "bfloat16"
 
     @property
     def weights(self) -> str:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-_MOST_TIMES_EXPECTED = 3.0
-
 
 class Trend:
     """y = base + slope * x by least squares, in which a measurement counts half after `half_life` further ones. Neither is ever
     negative: a duration has no negative parts.
 
-    A single measurement counts as three times what was expected at most: a process that was stopped for a while is not slow
-    from then on, and one that stays slow is found out all the same.
+    A single measurement counts as `most_times_expected` times what was expected at most: a process that was stopped for a while
+    is not slow from then on, and one that stays slow is found out all the same. None where short and long ones alternate, as
+    with the gaps between things that come in bursts: there the long ones are as true as the others.
     """
 
-    def __init__(self, half_life: float = 50.0) -> None:
+    def __init__(self, half_life: float = 50.0, most_times_expected: float | None = 3.0) -> None:
         self._keep = 0.5 ** (1 / half_life)
+        self._most_times_expected = most_times_expected
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float) -> None:
-        if self._weight:
+        if self._weight and self._most_times_expected is not None:
             base, slope = self.line()
-            y = min(y, _MOST_TIMES_EXPECTED * max(base + slope * x, self.ratio * x))
+            y = min(y, self._most_times_expected * max(base + slope * x, self.ratio * x))
         keep = self._keep
         self._weight = keep * self._weight + 1
         self._x = keep * self._x + x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -120,10 +121,32 @@ class TorchKernels:
         keys = keys.permute(1, 0, 3, 2).flatten(1, 2)[:, : piece.end]
         values = values.permute(1, 0, 2, 3).flatten(1, 2)[:, : piece.end]
         may_look = torch.ones(piece.num_rows, piece.end, dtype=torch.bool).tril_(piece.start)
+        if self.cache.layout.dtype == "bfloat16":
+            return attention_in_bfloat16(queries, keys, values, may_look)
         outputs = scaled_dot_product_attention(
             queries.transpose(0, 1)[None], keys[None], values[None], attn_mask=may_look, enable_gqa=True
         )
         return outputs[0].transpose(0, 1).flatten(1)
+
+
+def attention_in_bfloat16(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, may_look: torch.Tensor
+) -> torch.Tensor:
+    """Queries and weights are rounded to bfloat16 as keys and values were; sums are float32.
+
+    queries [rows, num_heads, head_dim], keys and values [num_kv_heads, positions, head_dim] float32, may_look [rows, positions]
+    bool → [rows, num_heads * head_dim]
+    """
+    grouped = _rounded(queries * (math.log2(math.e) / math.sqrt(queries.shape[-1]))).unflatten(1, (len(keys), -1))
+    scores = torch.einsum("rkgd,kpd->kgrp", grouped, keys).masked_fill_(~may_look, -torch.inf)
+    weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
+    sums = weights.sum(-1, keepdim=True)
+    outputs = torch.einsum("kgrp,kpd->kgrd", _rounded(weights), values) / sums
+    return outputs.permute(2, 0, 1, 3).flatten(1)
+
+
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.bfloat16).to(torch.float32)
 
 
 def product(layer: Linear, inputs: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ class StaticFile(NamedTuple):
 
 
 _JAVASCRIPT = "text/javascript"
+# Whoever writes a slash at the end is sent on: relative to that, the page's files would be others.
+WITH_SLASH = "/console/"
 # The page names all others relative to itself, so that a proxy may put the router under any path.
 FILES: dict[str, StaticFile] = {
     "/console": StaticFile("console.html", "text/html"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from router.console.files import FILES, FOLDER, StaticFile
+from router.console.files import FILES, FOLDER, WITH_SLASH, StaticFile
 from router.openai.responses import to_json
 from router.overview import look
 from router.service import Service
@@ -34,7 +34,13 @@ def console_routes(service: Service) -> list[web.RouteDef]:
         headers = _HEADERS | {"Cache-Control": "no-store"}
         return web.Response(text=body, content_type="application/json", headers=headers)
 
-    return [web.get(path, _serve_file(file)) for path, file in FILES.items()] + [web.get("/console/state", state)]
+    files = [web.get(path, _serve_file(file)) for path, file in FILES.items()]
+    return [*files, web.get(WITH_SLASH, _send_on), web.get("/console/state", state)]
+
+
+async def _send_on(_request: web.Request) -> web.Response:
+    """Relative too, for a proxy that puts the router under a path."""
+    return web.Response(status=308, headers=_HEADERS | {"Location": "../console"})
 
 
 def _serve_file(file: StaticFile) -> Any:

@@ -44,6 +44,7 @@ class _Plan:
     endpoint: Endpoint
     # In the answer's id and, if it is streamed, in those of its events.
     answer_id: str
+    created_unix_s: int
     seed: int
     specs: list[GenerationSpec]
     stream: bool
@@ -109,13 +110,13 @@ class _Handlers:
                     deadline_s=deadline_s,
                 )
             )
-        return _Plan(COMPLETION, _answer_id(request, resume), seed, specs, body.stream, body.extras())
+        return _Plan(COMPLETION, _answer_id(request, resume), _created_unix_s(resume), seed, specs, body.stream, body.extras())
 
     async def _plan_chat(self, request: web.Request, body: ChatRequest, resume: ResumePoint | None) -> _Plan:
         self._service.check_model(body.model)
         options = body.options()
-        seed = _seed(options, resume)
-        token_ids = await self._service.encode_chat([message.to_chat_message() for message in body.messages])
+        seed, created_unix_s = _seed(options, resume), _created_unix_s(resume)
+        token_ids = await self._service.encode_chat([message.to_chat_message() for message in body.messages], created_unix_s)
         spec = self._service.build_spec(
             request[REQUEST_ID],
             token_ids,
@@ -126,19 +127,19 @@ class _Handlers:
             caller=CURRENT_CALLER.get().asking(body.priority),
             deadline_s=_deadline_s(request),
         )
-        return _Plan(CHAT, _answer_id(request, resume), seed, [spec], body.stream, body.extras())
+        return _Plan(CHAT, _answer_id(request, resume), created_unix_s, seed, [spec], body.stream, body.extras())
 
     async def _answer(self, request: web.Request, plan: _Plan, meter: RequestMeter) -> web.StreamResponse:
         service = self._service
         answer = Answer(
-            plan.endpoint, plan.answer_id, service.model_name, int(time.time()), plan.specs, service.tokenizer, plan.extras
+            plan.endpoint, plan.answer_id, service.model_name, plan.created_unix_s, plan.specs, service.tokenizer, plan.extras
         )
         num_prompt_tokens = sum(len(spec.prompt_token_ids) for spec in plan.specs)
         with service.records.record(request[REQUEST_ID], plan.endpoint.api, num_prompt_tokens) as record:
             request[RECORD] = record
             async with aclosing(self._events(plan, meter, record)) as events:
                 if plan.stream:
-                    ids = EventIds(plan.answer_id, plan.seed, plan.specs)
+                    ids = EventIds(plan.answer_id, plan.created_unix_s, plan.seed, plan.specs)
                     return await stream_answer(service, request, answer, events, ids, meter)
                 async for prompt, event in events:
                     answer.add(prompt, event)
@@ -217,6 +218,10 @@ def _seed(options: GenerationOptions, resume: ResumePoint | None) -> int:
 
 def _answer_id(request: web.Request, resume: ResumePoint | None) -> str:
     return request[REQUEST_ID].removeprefix("req_") if resume is None else resume.answer_id
+
+
+def _created_unix_s(resume: ResumePoint | None) -> int:
+    return int(time.time()) if resume is None else resume.created_unix_s
 
 
 def _json(body: Mapping[str, Any], status: int = 200) -> web.Response:

@@ -184,6 +184,10 @@ class Answer:
         }
 
 
+# Before the first event: so long a client that goes on with a stream that broke shall wait before.
+SSE_RETRY = b"retry: 1000\n"
+
+
 def sse(payload: dict[str, Any], event_id: str = "") -> bytes:
     """One server-sent event."""
     begin = f"id: {event_id}\n" if event_id else ""

@@ -11,7 +11,7 @@ from router.generation import ChoiceOutput, GenerationEvent
 from router.metrics import RequestMeter
 from router.openai.errors import STREAM_STARTED, error_body
 from router.openai.event_ids import EventIds
-from router.openai.responses import SSE_DONE, Answer, sse
+from router.openai.responses import SSE_DONE, SSE_RETRY, Answer, sse
 from router.service import Service
 from segue.errors import RequestCancelled, SegueError
 
@@ -64,6 +64,7 @@ async def _send(service: Service, request: web.Request, response: web.StreamResp
         if not response.prepared:
             request[STREAM_STARTED] = True
             await service.read_by_client(response.prepare(request))
+            data = SSE_RETRY + data
         await service.read_by_client(response.write(data))
     except ConnectionError:
         raise RequestCancelled("the client closed the connection") from None

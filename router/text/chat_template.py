@@ -37,16 +37,12 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(pattern)
-
-
 def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 class ChatTemplate:
-    """Compiled once; rendering is pure but for `strftime_now`."""
+    """Compiled once; rendering is pure, but for the time zone that templates see."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], file_name: str) -> None:
         """`special_tokens`: names such as bos_token, as the template sees them. Raises ModelFileError on bad syntax."""
@@ -55,21 +51,23 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelFileError(f"{file_name}: chat_template, line {error.lineno}: {error.message}") from None
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The chat as one text, up to where the assistant is to speak. Raises InvalidRequest naming `messages`."""
+    def render(self, messages: Sequence[ChatMessage], now_unix_s: int) -> str:
+        """The chat as one text, up to where the assistant is to speak; `now_unix_s` is what templates take for the time. Raises
+        InvalidRequest naming `messages`."""
+        now = datetime.datetime.fromtimestamp(now_unix_s).astimezone()
         try:
             return self._template.render(
                 messages=[asdict(message) for message in messages],
                 add_generation_prompt=True,
                 tools=None,
                 documents=None,
+                strftime_now=now.strftime,
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:

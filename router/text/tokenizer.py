@@ -47,15 +47,17 @@ class Tokenizer:
         """With the model's own leading special tokens, unless told otherwise."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
-        """Raises InvalidRequest naming `messages` when the template refuses them or the model has none."""
+    def render_chat(self, messages: Sequence[ChatMessage], now_unix_s: int) -> str:
+        """`now_unix_s` is what the template takes for the time.
+
+        Raises InvalidRequest naming `messages` when the template refuses them or the model has none."""
         if self._chat_template is None:
             raise InvalidRequest("messages", "this model has no chat template; send a plain prompt")
-        return self._chat_template.render(messages)
+        return self._chat_template.render(messages, now_unix_s)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], now_unix_s: int) -> list[int]:
         """The template writes the special tokens itself, so none are added."""
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, now_unix_s), add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         detokenizer = self.detokenizer(continues=False)

@@ -22,6 +22,8 @@ class Started:
     num_prompt_tokens: int
     # The one given, or the one drawn.
     seed: int
+    # When the router took the request; what chat templates write the date of.
+    created_unix_s: int
 
 
 @dataclass(frozen=True, slots=True)

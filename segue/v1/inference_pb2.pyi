@@ -114,8 +114,11 @@ class Resume(_message.Message):
 
     SEED_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
+    CREATED_UNIX_S_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """As `Started` told it; takes the place of the sampling option."""
+    created_unix_s: _builtins.int
+    """As `Started` told it: chat templates may write the date into the prompt. 0: now."""
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumedChoice]:
         """In order; choices of which nothing came may be left out at the end."""
@@ -125,10 +128,11 @@ class Resume(_message.Message):
         *,
         seed: _builtins.int = ...,
         choices: _abc.Iterable[Global___ResumedChoice] | None = ...,
+        created_unix_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "created_unix_s", b"created_unix_s", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -408,11 +412,14 @@ class Started(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    CREATED_UNIX_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     num_prompt_tokens: _builtins.int
     seed: _builtins.int
     """The one given, or the one drawn."""
+    created_unix_s: _builtins.int
+    """When the router took the request, or the one that this one goes on with."""
     def __init__(
         self,
         *,
@@ -420,10 +427,11 @@ class Started(_message.Message):
         model: _builtins.str = ...,
         num_prompt_tokens: _builtins.int = ...,
         seed: _builtins.int = ...,
+        created_unix_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_unix_s", b"created_unix_s", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,7 +22,10 @@ PROGRAMS = {"helm/helm": "helm", "kubectl/kubectl": "kubectl"}
 
 
 def pip(python: Path, *words: str) -> None:
-    subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "-q", *words], check=True)
+    """Ends the program when pip cannot do it."""
+    done = subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "-q", *words], check=False)
+    if done.returncode:
+        sys.exit(f"a tool of these checks is not to be had: pip {' '.join(words)} failed, see above; is PyPI within reach?")
 
 
 def fetch_programs(folder: Path) -> None:

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,13 @@ from tests.deploy.charts import ROOT
 DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
 # The machine's Python may lie in root's home.
 SYSTEM = "mount --bind /dev $root/dev; mount -t proc proc $root/proc; chmod o+x $root/root;"
+
+
+def overlay(folder: Path, work: Path) -> str:
+    """Mounts a root over this machine's; `work` has not been used before. Volatile: else a gigabyte would be written out to the
+    disk each time that it ends."""
+    layers = f"lowerdir=/,upperdir={folder}/upper,workdir={work},volatile"
+    return f"mount -t overlay overlay -o {layers} $root;"
 
 
 def bound(image: Path) -> str:
@@ -76,7 +84,7 @@ class Root:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("upper", "work", "merged"):
+        for name in ("upper", "merged"):
             (folder / name).mkdir(parents=True)
 
     @property
@@ -124,8 +132,8 @@ class Root:
     def _shell(
         self, script: str, env: dict[str, str], *, mounts: str, user: str = "0:0", namespaces: tuple[str, ...] = ()
     ) -> str:
-        layers = f"lowerdir=/,upperdir={self.folder}/upper,workdir={self.folder}/work"
-        start = f"set -e; root={self.folder}/merged; mount -t overlay overlay -o {layers} $root; {mounts}"
+        work = Path(tempfile.mkdtemp(prefix="work-", dir=self.folder))
+        start = f"set -e; root={self.folder}/merged; {overlay(self.folder, work)} {mounts}"
         variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
         inner = f"exec chroot --userspec={user} $root env -i {variables} sh -e -c {shlex.quote(script)}"
         # Mounts, and processes that are left, end with it.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.deploy.charts import Object
-from tests.deploy.image import SYSTEM, bound
+from tests.deploy.image import SYSTEM, bound, overlay
 from tests.support.network import Network, Place
 
 _PATH = "/opt/segue/bin:/usr/bin:/bin"
@@ -83,8 +83,7 @@ class Pod:
         root = self.folder / f"{container['name']}-{time.monotonic_ns()}"
         for part in ("upper", "work", "merged"):
             (root / part).mkdir(parents=True)
-        layers = f"lowerdir=/,upperdir={root}/upper,workdir={root}/work"
-        script = f"set -e; root={root}/merged; mount -t overlay overlay -o {layers} $root; "
+        script = f"set -e; root={root}/merged; {overlay(root, root / 'work')} "
         script += f"{SYSTEM} {bound(self.node.image)} "
         script += f"touch $root/etc/hosts; mount --bind {self.node.hosts} $root/etc/hosts; "
         mounts = list(self._mounts(container))
@@ -209,7 +208,8 @@ def requests_of(node: Node, router: str, model: str) -> Iterator[dict[str, int]]
             said, errors = client.communicate("stop\n")
     answered, failed = map(int, said.split())
     outcome |= {"answered": answered, "failed": failed}
-    assert not failed, errors
+    logs = (f"{log.name}:\n{log.read_text()[-4000:]}" for log in sorted(node.folder.glob("*.log")))
+    assert not failed, "\n".join([errors, *logs])
 
 
 _CLIENT = """

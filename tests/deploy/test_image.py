@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import yaml
 
 from segue.config import RouterSettings, WorkerSettings
 from tests.deploy.charts import BIN, ROOT
-from tests.deploy.image import DOCKERFILE, Root, context_files, stages
-from tests.support.tiny_model import make_tiny_model
+from tests.deploy.image import DOCKERFILE, context_files, stages
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy/docker/compose.yaml").read_text())
 
@@ -47,50 +45,6 @@ def test_the_build_sees_only_what_it_needs() -> None:
         *("segue", "engine", "kv_transfer", "prefill_worker", "decode_worker", "router", "deploy", "bench"),
     }
     assert not [file for file in files if file.startswith(("deploy/helm", "deploy/kubernetes", "deploy/docker"))]
-
-
-# A worker with two ranks and a router: a request, the health command, the end by SIGTERM.
-SERVE = """
-touch /tmp/writable /models/writable
-if touch /opt/segue/x 2>/dev/null || touch /x 2>/dev/null; then echo "the root can be written"; exit 1; fi
-segue --version
-valkey=$(python -c 'from deploy.valkey import server_binary; print(server_binary())')
-$valkey --port 7379 --save "" --dir /tmp > /tmp/valkey.log &
-export SEGUE_REDIS=redis://127.0.0.1:7379 SEGUE_CLUSTER_ID=c SEGUE_MODEL=/var/tiny SEGUE_KV_MEMORY=2MiB SEGUE_THREADS=1
-(export SEGUE_ROLES=prefill,decode SEGUE_PREFILL_TP=2 SEGUE_HEALTH_PORT=7062; exec segue worker) > /tmp/worker.log 2>&1 &
-worker=$!
-(export SEGUE_HTTP_PORT=7000 SEGUE_GRPC_PORT=7051; exec segue router) > /tmp/router.log 2>&1 &
-router=$!
-python - <<'P'
-import asyncio
-from deploy.probe import until_ready
-try:
-    asyncio.run(asyncio.wait_for(until_ready("127.0.0.1:7000"), 90))
-except TimeoutError:
-    print(open("/tmp/worker.log").read(), open("/tmp/router.log").read())
-    raise
-P
-SEGUE_ROLES=decode SEGUE_HEALTH_PORT=7062 python -m deploy.health
-SEGUE_HTTP_PORT=7000 python -m deploy.health
-kill $router; wait $router
-kill $worker; wait $worker
-echo served
-"""
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")
-@pytest.mark.timeout(900)
-def test_its_build_runs_in_a_clean_root_and_serves_on_a_read_only_one(image: Path, tmp_path: Path) -> None:
-    site = next((image / "opt/segue/lib").glob("python3*")) / "site-packages"
-    assert list((site / "engine/kernels").glob("_native*.so"))
-    assert not (site / "tests").exists()
-    assert not (image / "root/.cache").exists()
-    root = Root(tmp_path)
-    for file in make_tiny_model(root.changes / "var/tiny").iterdir():
-        file.chmod(0o644)
-    said = root.as_in_kubernetes(image, SERVE, {})
-    assert "segue 0." in said
-    assert said.endswith("served\n")
 
 
 SERVICES = {name: service for name, service in COMPOSE["services"].items() if name != "valkey"}

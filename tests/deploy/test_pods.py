@@ -1,8 +1,8 @@
-"""The chart's pods, run for real but for the containers: they find each other, answer, and are replaced under load."""
+"""The image, built; and of it the chart's pods, run for real but for the containers: they find each other, answer, and are
+replaced under load. All in one file, so that the image is built once, beside the other tests (make test-deploy)."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.charts import Object, pick, pod_templates, render
+from tests.deploy.image import Root
 from tests.deploy.pods import Node, Pod, requests_of
 from tests.deploy.policies import may_connect
+from tests.support.namespaces import what_is_missing
 from tests.support.tiny_model import make_tiny_model
 
-pytestmark = [pytest.mark.skipif(os.getuid() != 0, reason="networks and mounts need root"), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing()),
+    pytest.mark.timeout(900),
+]
 
 SETS = (
     'model={"download": false, "name": "/models/tiny", "storage": {"existingClaim": "models"}}',
@@ -23,6 +28,46 @@ SETS = (
     "router.preStopSeconds=1",
 )
 START_LIMIT_S = 120.0
+# A worker with two ranks and a router: a request, the health command, the end by SIGTERM.
+SERVE = """
+touch /tmp/writable /models/writable
+if touch /opt/segue/x 2>/dev/null || touch /x 2>/dev/null; then echo "the root can be written"; exit 1; fi
+segue --version
+valkey=$(python -c 'from deploy.valkey import server_binary; print(server_binary())')
+$valkey --port 7379 --save "" --dir /tmp > /tmp/valkey.log &
+export SEGUE_REDIS=redis://127.0.0.1:7379 SEGUE_CLUSTER_ID=c SEGUE_MODEL=/var/tiny SEGUE_KV_MEMORY=2MiB SEGUE_THREADS=1
+(export SEGUE_ROLES=prefill,decode SEGUE_PREFILL_TP=2 SEGUE_HEALTH_PORT=7062; exec segue worker) > /tmp/worker.log 2>&1 &
+worker=$!
+(export SEGUE_HTTP_PORT=7000 SEGUE_GRPC_PORT=7051; exec segue router) > /tmp/router.log 2>&1 &
+router=$!
+python - <<'P'
+import asyncio
+from deploy.probe import until_ready
+try:
+    asyncio.run(asyncio.wait_for(until_ready("127.0.0.1:7000"), 90))
+except TimeoutError:
+    print(open("/tmp/worker.log").read(), open("/tmp/router.log").read())
+    raise
+P
+SEGUE_ROLES=decode SEGUE_HEALTH_PORT=7062 python -m deploy.health
+SEGUE_HTTP_PORT=7000 python -m deploy.health
+kill $router; wait $router
+kill $worker; wait $worker
+echo served
+"""
+
+
+def test_its_build_runs_in_a_clean_root_and_serves_on_a_read_only_one(image: Path, tmp_path: Path) -> None:
+    site = next((image / "opt/segue/lib").glob("python3*")) / "site-packages"
+    assert list((site / "engine/kernels").glob("_native*.so"))
+    assert not (site / "tests").exists()
+    assert not (image / "root/.cache").exists()
+    root = Root(tmp_path)
+    for file in make_tiny_model(root.changes / "var/tiny").iterdir():
+        file.chmod(0o644)
+    said = root.as_in_kubernetes(image, SERVE, {})
+    assert "segue 0." in said
+    assert said.endswith("served\n")
 
 
 class Cluster:

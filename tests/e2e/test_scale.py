@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from deploy.launch import Launch
+from deploy.progress import Stage
+from deploy.valkey import Valkey
 from segue import AsyncClient, RetryPolicy
 from segue.config import ClusterSettings
+from segue.errors import InternalError
 from tests.support.leaks import assert_no_leaks_at
 from tests.support.tiny_model import make_tiny_model
 
@@ -48,12 +52,16 @@ async def scale(address: str, *words: str) -> str:
     return said
 
 
-async def test_workers_come_and_go_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterSettings:
     monkeypatch.setenv("SEGUE_HOME", str(tmp_path))
     model = make_tiny_model(tmp_path / "tiny")
-    settings = ClusterSettings(
+    return ClusterSettings(
         model=str(model), http_port=0, grpc_port=0, kv_memory=2**20, block_size=4, threads=1, policy="round_robin"
     )
+
+
+async def test_workers_come_and_go_under_load(settings: ClusterSettings) -> None:
     async with asyncio.timeout(150), Launch(settings) as cluster, AsyncClient(cluster.grpc) as client:
 
         async def epochs() -> dict[str, int]:
@@ -72,3 +80,27 @@ async def test_workers_come_and_go_under_load(tmp_path: Path, monkeypatch: pytes
             with pytest.raises(ProcessLookupError):
                 os.kill(pids[worker_id], 0)
         await assert_no_leaks_at(cluster.grpc)
+
+
+async def test_what_was_asked_for_holds_when_the_cluster_is_started_again(
+    settings: ClusterSettings, valkey: Valkey, cluster_id: str
+) -> None:
+    """The driver is killed, and with it all workers; the next life of the cluster has as many as segue scale had asked for."""
+    settings = settings.model_copy(update={"redis": valkey.url, "cluster_id": cluster_id})
+    async with asyncio.timeout(150):
+        async with Launch(settings) as cluster:
+            await scale(cluster.grpc, "decode=2")
+            before = {record.worker_id: record for record in await cluster.workers()}
+            os.kill(cluster.driver.pid, signal.SIGKILL)
+            with pytest.raises(InternalError, match="ray was killed by SIGKILL"):
+                await cluster.watch(lambda _line: None)
+        stages: list[Stage] = []
+        async with Launch(settings, stages.append) as cluster, AsyncClient(cluster.grpc) as client:
+            assert any("segue scale asked for prefill=1 decode=2, which holds" in stage.detail for stage in stages)
+            records = {record.worker_id: record for record in await cluster.workers()}
+            assert records.keys() == before.keys() == {"prefill-0", "decode-0", "decode-1"}
+            assert all(records[name].epoch > before[name].epoch for name in records), "not what the earlier life left behind"
+            assert {worker.state for worker in (await client.status()).workers} == {"ready"}
+            assert "1 prefill and 1 decode workers serve" in await scale(cluster.grpc, "decode=1")
+            ready = {worker.worker_id for worker in (await client.status()).workers if worker.state == "ready"}
+            assert ready == {"prefill-0", "decode-0"}

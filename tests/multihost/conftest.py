@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import secrets
 import signal
@@ -21,11 +20,12 @@ from deploy.valkey import Valkey, server_binary
 from tests.multihost.hosts import Host, Program
 from tests.multihost.load import Ending
 from tests.support.cluster import in_process_cluster
+from tests.support.namespaces import what_is_missing
 from tests.support.network import Network
 from tests.support.tiny_model import make_tiny_model
 
-if os.getuid() != 0:
-    raise RuntimeError("hosts of a test's own need root: sudo make test-multihost")
+if missing := what_is_missing():
+    raise RuntimeError(missing)
 
 NUM_TOKENS = 48
 _RAY = str(Path(sys.executable).with_name("ray"))
@@ -71,6 +71,7 @@ class MultiHost:
     env: dict[str, str]
     # Ray on each host.
     ray: dict[str, Program] = field(default_factory=dict)
+    programs: list[Program] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -78,7 +79,12 @@ class MultiHost:
 
     async def run(self, host: str, *command: str, env: dict[str, str] | None = None, stdin: bytes | None = None) -> Program:
         log = self.folder / f"{host}-{Path(command[0]).name}.log"
-        return await self.hosts[host].start(*command, env=self.env | (env or {}), stdin=stdin, log=log)
+        self.programs.append(await self.hosts[host].start(*command, env=self.env | (env or {}), stdin=stdin, log=log))
+        return self.programs[-1]
+
+    async def until_all_ended(self) -> None:
+        """For when all hosts are off: also those that nobody waited for are buried."""
+        await asyncio.gather(*(program.ended() for program in self.programs))
 
     async def segue(self, *words: str, status: int = 0) -> str:
         """What a command on the clients' host prints, which has to end with this status."""
@@ -179,9 +185,10 @@ async def multihost(expected: tuple[Path, Path], tmp_path_factory: pytest.TempPa
     async with AsyncExitStack() as exits:
         network = exits.enter_context(Network())
         hosts = {name: Host(network, name) for name in ("head", "client", *WORKER_HOSTS)}
+        multihost = MultiHost(hosts, folder, model, file, env)
+        exits.push_async_callback(multihost.until_all_ended)
         for host in hosts.values():
             exits.callback(host.power_off)
-        multihost = MultiHost(hosts, folder, model, file, env)
         await multihost.boot("head")
         await asyncio.gather(*(multihost.boot(name) for name in ("client", *WORKER_HOSTS)))
         password = secrets.token_hex(16)

@@ -9,6 +9,7 @@
 struct Wide { __m256i low, high; };
 struct WideFloats { __m256 low, high; };
 
+#define SEGUE_EMULATED 1
 #define __m512i Wide
 #define __m512 WideFloats
 
@@ -34,6 +35,7 @@ EACH_HALF_SHIFT(slli_epi32)
 EACH_HALF_SHIFT(slli_epi16)
 EACH_HALF_SHIFT(srai_epi16)
 EACH_HALF_SHIFT(srli_epi16)
+EACH_HALF_SHIFT(srli_epi32)
 
 inline WideFloats emulated_loadu_ps(const void* p) {
   return {_mm256_loadu_ps(static_cast<const float*>(p)), _mm256_loadu_ps(static_cast<const float*>(p) + 8)};
@@ -53,6 +55,7 @@ inline Wide emulated_set1_epi32(int x) { return {_mm256_set1_epi32(x), _mm256_se
 inline Wide emulated_set1_epi16(short x) { return {_mm256_set1_epi16(x), _mm256_set1_epi16(x)}; }
 inline Wide emulated_set1_epi8(char x) { return {_mm256_set1_epi8(x), _mm256_set1_epi8(x)}; }
 inline Wide emulated_and_si512(Wide x, Wide y) { return {_mm256_and_si256(x.low, y.low), _mm256_and_si256(x.high, y.high)}; }
+inline Wide emulated_or_si512(Wide x, Wide y) { return {_mm256_or_si256(x.low, y.low), _mm256_or_si256(x.high, y.high)}; }
 inline WideFloats emulated_fmadd_ps(WideFloats x, WideFloats y, WideFloats z) {
   return {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
 }
@@ -68,6 +71,7 @@ inline __m256 emulated_extractf32x8_ps(WideFloats x, int half) { return half ? x
 inline Wide emulated_cvtps_epi32(WideFloats x) { return {_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high)}; }
 inline WideFloats emulated_cvtepi32_ps(Wide x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 inline WideFloats emulated_castsi512_ps(Wide x) { return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; }
+inline Wide emulated_castps_si512(WideFloats x) { return {_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)}; }
 inline Wide emulated_cvtepu16_epi32(__m256i x) {
   return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1))};
 }
@@ -97,6 +101,18 @@ inline Wide emulated_dpbusd_epi32(Wide sum, Wide x, Wide y) {
   emulated_storeu_si512(right, y);
   for (int i = 0; i < 64; ++i) sums[i / 4] += left[i] * right[i];
   return emulated_loadu_si512(sums);
+}
+// Pairs of bfloat16: the second of a pair is added first, and denormals are 0 (which the caller sees to).
+inline WideFloats emulated_dpbf16_ps(WideFloats sum, Wide x, Wide y) {
+  const Wide high = {_mm256_set1_epi32(0xFFFF0000), _mm256_set1_epi32(0xFFFF0000)};
+  const auto second = [&](Wide pairs) { return emulated_castsi512_ps(emulated_and_si512(pairs, high)); };
+  const auto first = [&](Wide pairs) { return emulated_castsi512_ps(emulated_slli_epi32(pairs, 16)); };
+  return emulated_fmadd_ps(first(x), first(y), emulated_fmadd_ps(second(x), second(y), sum));
+}
+// Rounded to the nearest, ties to even; of numbers.
+inline __m256i emulated_cvtneps_pbh(WideFloats x) {
+  const Wide bits = emulated_castps_si512(x), odd = emulated_and_si512(emulated_srli_epi32(bits, 16), emulated_set1_epi32(1));
+  return emulated_narrow<uint16_t, __m256i>(emulated_srli_epi32(emulated_add_epi32(emulated_add_epi32(bits, emulated_set1_epi32(0x7FFF)), odd), 16));
 }
 
 #define _mm512_add_epi32 emulated_add_epi32
@@ -136,3 +152,8 @@ inline Wide emulated_dpbusd_epi32(Wide sum, Wide x, Wide y) {
 #define _mm512_cvtepi32_epi8 emulated_cvtepi32_epi8
 #define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
 #define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
+#define _mm512_or_si512 emulated_or_si512
+#define _mm512_castps_si512 emulated_castps_si512
+#define _mm512_srli_epi32(x, n) emulated_srli_epi32(x, n)
+#define _mm512_dpbf16_ps emulated_dpbf16_ps
+#define _mm512_cvtneps_pbh emulated_cvtneps_pbh

@@ -100,55 +100,81 @@ struct Outputs {
   }
 };
 
-template <class Number>
+// A tile's sums on their way out. Loops over registers do nothing but load and store, so that the compiler unrolls them.
+template <int R, int C>
+struct Results {
+  alignas(64) float values[C][R][kLanes];
+
+  template <class Numbers>
+  inline __attribute__((always_inline)) void take(const Numbers (&sums)[R * C]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      store(values[0][r], to_floats(sums[r]));
+      if constexpr (C == 2) store(values[1][r], to_floats(sums[R + r]));
+    }
+  }
+};
+
+// Rows meet the panels `panel` ... panel + C - 1.
+template <int C, class Number>
 inline void multiply_floats(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out) {
   const int64_t num_inputs = out.layer.num_inputs;
   const Number* weights = static_cast<const Number*>(out.layer.panels) + panel * num_inputs * kLanes;
-  for (int64_t row = first_row; row < end_row; row += kMaxRows) {
-    with_rows(static_cast<int>(std::min<int64_t>(kMaxRows, end_row - row)), [&](auto num_rows) {
-      constexpr int R = num_rows;
-      Floats sums[R];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) sums[r] = broadcast(0.0f);
-      add_tile<R>(sums, rows.floats + row * rows.width, rows.width, weights, kLanes, num_inputs);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) out.put(row + r, panel * kLanes, sums[r]);
-    });
-  }
+  with_tiles<kMaxRows>(first_row, end_row, [&](int64_t row, auto num_rows, Share) {
+    constexpr int R = num_rows;
+    Floats sums[R * C];
+    clear<R, C>(sums);
+    add_tile<R, C>(sums, rows.floats + row * rows.width, rows.width, weights, kLanes, num_inputs * kLanes, num_inputs);
+    Results<R, C> results;
+    results.take(sums);
+    for (int i = 0; i < R * C; ++i) out.put(row + i % R, (panel + i / R) * kLanes, load(results.values[i / R][i % R]));
+  });
 }
 
 #if SEGUE_VNNI
-template <int R>
-inline void add_int8_tile(Ints (&sums)[R], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads) {
+template <int R, int C>
+inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads, Ahead ahead) {
   for (int64_t quad = 0; quad < num_quads; ++quad) {
-    const Quads w = load_quads(weights + quad * 4 * kLanes);
-    prefetch(weights + quad * 4 * kLanes + kAhead);
+    const int8_t* line = weights + quad * 4 * kLanes;
+    const Quads w = load_quads(line), second_w = load_quads(line + (C - 1) * num_quads * 4 * kLanes);
+    ahead.fetch<C>(quad);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) add_products(sums[r], w, a + r * stride + quad * 4);
+    for (int r = 0; r < R; ++r) {
+      const Quads x = broadcast_quad(a + r * stride + quad * 4);
+      add_products(sums[r], w, x);
+      if constexpr (C == 2) add_products(sums[R + r], second_w, x);
+    }
   }
 }
 #else
-template <int R>
-inline void add_int8_tile(Ints (&sums)[R], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads) {
+template <int R, int C>
+inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], const Activation* a, int64_t stride, const int8_t* weights, int64_t num_quads, Ahead ahead) {
   for (int64_t quad = 0; quad < num_quads; ++quad) {
-    const Pairs even = even_pairs(weights + quad * 4 * kLanes);
-    prefetch(weights + quad * 4 * kLanes + kAhead);
+    ahead.fetch<C>(quad);
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      const int8_t* line = weights + (c * num_quads + quad) * 4 * kLanes;
+      const Pairs even = even_pairs(line);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) add_products(sums[r], even, a + r * stride + quad * 4);
-    keep_order();
-    const Pairs odd = odd_pairs(weights + quad * 4 * kLanes);
+      for (int r = 0; r < R; ++r) add_products(sums[c * R + r], even, a + r * stride + quad * 4);
+      keep_order();
+      const Pairs odd = odd_pairs(line);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) add_products(sums[r], odd, a + r * stride + quad * 4 + 2);
+      for (int r = 0; r < R; ++r) add_products(sums[c * R + r], odd, a + r * stride + quad * 4 + 2);
+    }
   }
 }
 
 // The same with weights that were widened before, which pays when many rows meet them.
-template <int R>
-inline void add_int8_tile(Ints (&sums)[R], const Activation* a, int64_t stride, const int16_t* weights, int64_t num_quads) {
+template <int R, int C>
+inline __attribute__((always_inline)) void add_int8_tile(Ints (&sums)[R * C], const Activation* a, int64_t stride, const int16_t* weights, int64_t num_quads, Ahead) {
   for (int64_t pair = 0; pair < 2 * num_quads; ++pair) {
-    const Pairs w = load_pairs(weights + pair * 2 * kLanes);
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      const Pairs w = load_pairs(weights + (c * num_quads * 2 + pair) * 2 * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) add_products(sums[r], w, a + r * stride + pair * 2);
+      for (int r = 0; r < R; ++r) add_products(sums[c * R + r], w, a + r * stride + pair * 2);
+    }
   }
 }
 
@@ -165,38 +191,58 @@ inline const int16_t* widen(const int8_t* weights, int64_t num_quads, Scratch& s
 // Products of widened numbers need registers of their own.
 constexpr int kInt8Rows = kMaxRows == 6 ? 4 : kMaxRows;
 
-template <class Weight>
-inline void multiply_int8_panel(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Weight* weights, const Outputs& out) {
-  const Linear& layer = out.layer;
-  const int64_t first_output = panel * kLanes;
-  const Floats scales = load_some(layer.scales + first_output, layer.num_outputs - first_output);
-  for (int64_t row = first_row; row < end_row; row += kInt8Rows) {
-    with_rows<kInt8Rows>(static_cast<int>(std::min<int64_t>(kInt8Rows, end_row - row)), [&](auto num_rows) {
-      constexpr int R = num_rows;
-      Ints sums[R] = {};
+// What the sums of a panel begin with.
+inline Ints first_sums(const Linear& layer, int64_t first_output) {
+  Ints sums = {};
 #if SEGUE_VNNI
-      // The activations were moved up by 128.
-      int32_t lanes[kLanes] = {};
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, layer.num_outputs - first_output); ++i) lanes[i] = -128 * layer.sums[first_output + i];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) sums[r].v = load_line(lanes);
+  // The activations were moved up by 128.
+  int32_t lanes[kLanes] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(kLanes, layer.num_outputs - first_output); ++i) lanes[i] = -128 * layer.sums[first_output + i];
+  sums.v = load_line(lanes);
 #endif
-      add_int8_tile<R>(sums, rows.activations + row * rows.width, rows.width, weights, divide_up(layer.num_inputs, 4));
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) out.put(row + r, first_output, to_floats(sums[r]) * broadcast(rows.scales[row + r]) * scales);
-    });
-  }
+  return sums;
 }
 
+template <int C, class Weight>
+inline void multiply_int8_panels(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Weight* weights, const Outputs& out) {
+  const Linear& layer = out.layer;
+  Floats scales[C];
+  Ints firsts[C];
+  for (int c = 0; c < C; ++c) {
+    const int64_t first_output = (panel + c) * kLanes;
+    scales[c] = load_some(layer.scales + first_output, layer.num_outputs - first_output);
+    firsts[c] = first_sums(layer, first_output);
+  }
+  const int64_t num_quads = divide_up(layer.num_inputs, 4);
+  with_tiles<kInt8Rows>(first_row, end_row, [&](int64_t row, auto num_rows, Share share) {
+    constexpr int R = num_rows;
+    Ints sums[R * C];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      sums[r] = firsts[0];
+      if constexpr (C == 2) sums[R + r] = firsts[1];
+    }
+    add_int8_tile<R, C>(sums, rows.activations + row * rows.width, rows.width, weights, num_quads,
+                        Ahead(weights, C * num_quads * 4 * kLanes, share, num_quads));
+    Results<R, C> results;
+    results.take(sums);
+    for (int i = 0; i < R * C; ++i) {
+      const int64_t to = row + i % R;
+      out.put(to, (panel + i / R) * kLanes, load(results.values[i / R][i % R]) * broadcast(rows.scales[to]) * scales[i / R]);
+    }
+  });
+}
+
+template <int C>
 inline void multiply_int8(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out, Scratch& scratch) {
   const int64_t num_quads = divide_up(out.layer.num_inputs, 4);
   const int8_t* weights = static_cast<const int8_t*>(out.layer.panels) + panel * num_quads * 4 * kLanes;
 #if !SEGUE_VNNI
   if (end_row - first_row > 2 * kInt8Rows) {
-    return multiply_int8_panel(rows, first_row, end_row, panel, widen(weights, num_quads, scratch), out);
+    return multiply_int8_panels<C>(rows, first_row, end_row, panel, widen(weights, C * num_quads, scratch), out);
   }
 #endif
-  multiply_int8_panel(rows, first_row, end_row, panel, weights, out);
+  multiply_int8_panels<C>(rows, first_row, end_row, panel, weights, out);
 }
 
 constexpr int kInt4Rows = std::min(kMaxRows, 6);
@@ -204,10 +250,9 @@ constexpr int64_t kInt4GroupBytes = kLanes * (2 * sizeof(uint16_t) + kGroup / 2)
 
 // R rows of a tile: sums[r] += the group's products, scaled.
 template <int R>
-inline void add_int4_group(Floats (&sums)[R], const uint8_t* group, const int8_t* a, const float* scales, const float* totals) {
+inline __attribute__((always_inline)) void add_int4_group(Floats (&sums)[R], const uint8_t* group, const int8_t* a, const float* scales, const float* totals) {
   const auto* halves = reinterpret_cast<const uint16_t*>(group);
   const uint8_t* nibbles = group + 2 * kLanes * sizeof(uint16_t);
-  prefetch(group + kAhead, kInt4GroupBytes);
   GroupSums products[R];
 #pragma GCC unroll 4
   for (int octet = 0; octet < kGroup / 8; ++octet) {
@@ -232,23 +277,36 @@ inline void add_int4_group(Floats (&sums)[R], const uint8_t* group, const int8_t
 inline void multiply_int4(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out) {
   const int64_t num_groups = rows.width / kGroup;
   const uint8_t* groups = static_cast<const uint8_t*>(out.layer.panels) + panel * num_groups * kInt4GroupBytes;
-  for (int64_t row = first_row; row < end_row; row += kInt4Rows) {
-    with_rows<kInt4Rows>(static_cast<int>(std::min<int64_t>(kInt4Rows, end_row - row)), [&](auto num_rows) {
-      constexpr int R = num_rows;
-      Floats sums[R];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) sums[r] = broadcast(0.0f);
-      for (int64_t group = 0; group < num_groups; ++group) {
-        const int64_t index = group * rows.count + row;
-        add_int4_group<R>(sums, groups + group * kInt4GroupBytes, rows.bytes + index * kGroup, rows.scales + index, rows.totals + index);
-      }
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) out.put(row + r, panel * kLanes, sums[r]);
-    });
+  with_tiles<kInt4Rows>(first_row, end_row, [&](int64_t row, auto num_rows, Share share) {
+    constexpr int R = num_rows;
+    Floats sums[R];
+    clear<R, 1>(sums);
+    const Ahead ahead(groups, num_groups * kInt4GroupBytes, share, num_groups);
+    for (int64_t group = 0; group < num_groups; ++group) {
+      ahead.fetch<kInt4GroupBytes / kLine>(group);
+      const int64_t index = group * rows.count + row;
+      add_int4_group<R>(sums, groups + group * kInt4GroupBytes, rows.bytes + index * kGroup, rows.scales + index, rows.totals + index);
+    }
+    Results<R, 1> results;
+    results.take(sums);
+    for (int r = 0; r < R; ++r) out.put(row + r, panel * kLanes, load(results.values[0][r]));
+  });
+}
+
+template <int C>
+inline void multiply(const Rows& rows, int64_t first_row, int64_t end_row, int64_t panel, const Outputs& out, Scratch& scratch) {
+  switch (out.layer.format) {
+    case kFloat32: return multiply_floats<C, float>(rows, first_row, end_row, panel, out);
+    case kBfloat16: return multiply_floats<C, uint16_t>(rows, first_row, end_row, panel, out);
+    case kInt8: return multiply_int8<C>(rows, first_row, end_row, panel, out, scratch);
+    default:
+      for (int c = 0; c < C; ++c) multiply_int4(rows, first_row, end_row, panel + c, out);
   }
 }
 
-// Rows that meet a panel before the next one is taken: their activations stay in the second-level cache.
+// Panels that are multiplied at once: each of a row's numbers is then loaded once for all of them.
+constexpr int kPanels = kMaxSums / kMaxRows;
+// Rows that meet panels before the next ones are taken: their activations stay in the second-level cache.
 constexpr int64_t kRowBlock = 16 * kMaxRows;
 
 inline void linear(Pool& pool, const Linear& layer, const float* inputs, int64_t num_rows, float* outputs, bool is_added) {
@@ -263,16 +321,12 @@ inline void linear(Pool& pool, const Linear& layer, const float* inputs, int64_t
   const int64_t num_panels = divide_up(layer.num_outputs, kLanes);
   const int64_t num_shares = std::min<int64_t>(num_panels, pool.num_threads());
   pool.run(num_shares, [&](int64_t share, Scratch& scratch) {
+    const int64_t end_panel = num_panels * (share + 1) / num_shares;
     for (int64_t row = 0; row < num_rows; row += kRowBlock) {
       const int64_t end_row = std::min(row + kRowBlock, num_rows);
-      for (int64_t panel = num_panels * share / num_shares; panel < num_panels * (share + 1) / num_shares; ++panel) {
-        switch (layer.format) {
-          case kFloat32: multiply_floats<float>(rows, row, end_row, panel, out); break;
-          case kBfloat16: multiply_floats<uint16_t>(rows, row, end_row, panel, out); break;
-          case kInt8: multiply_int8(rows, row, end_row, panel, out, scratch); break;
-          case kInt4: multiply_int4(rows, row, end_row, panel, out); break;
-        }
-      }
+      int64_t panel = num_panels * share / num_shares;
+      for (; panel + kPanels <= end_panel; panel += kPanels) multiply<kPanels>(rows, row, end_row, panel, out, scratch);
+      for (; panel < end_panel; ++panel) multiply<1>(rows, row, end_row, panel, out, scratch);
     }
   });
 }

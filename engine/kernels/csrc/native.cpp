@@ -11,7 +11,9 @@ std::vector<const Operations*> supported() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512vnni::operations);
+  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+  if (has_vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::operations);
+  if (has_vnni) found.push_back(&avx512vnni::operations);
   if (has_avx512) found.push_back(&avx512::operations);
   if (has_avx2) found.push_back(&avx2::operations);
 #endif

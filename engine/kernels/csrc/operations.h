@@ -10,12 +10,28 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "abi.h"
 #include "pool.h"
 
 namespace segue {
+
+// Denormals count as zero, in what is read and in results, until it ends.
+class FlushDenormals {
+#if defined(__x86_64__)
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | 0x0040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+ public:
+  FlushDenormals() {}
+#endif
+};
 
 struct Operations {
   const char* name;
@@ -32,6 +48,7 @@ namespace portable { extern const Operations operations; }
 namespace avx2 { extern const Operations operations; }
 namespace avx512 { extern const Operations operations; }
 namespace avx512vnni { extern const Operations operations; }
+namespace avx512bf16 { extern const Operations operations; }
 #endif
 
 }  // namespace segue

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 constexpr int kMaxRows = 6;
+constexpr int kMaxSums = 6;
 
 struct Floats { __m256 a, b; };
 struct Ints { __m256i a, b; };
@@ -27,15 +28,22 @@ inline Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_
 inline Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 // x * y + z, rounded once
 inline Floats fma(Floats x, Floats y, Floats z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
-// sums[r] += x[r] * sixteen numbers, one half of them after the other: twelve registers of sums, three of x and a half fill all there are.
+// sums[c * R + r] += a[r * a_stride] * sixteen numbers from p + c * c_stride, eight of them after the other: twelve registers of sums, three
+// of a's numbers and one of b's fill all there are.
 template <int R, class Number>
-inline void add_products(Floats* sums, const Floats (&x)[R], const Number* p) {
-  const __m256 low = load_eight(p);
+inline __attribute__((always_inline)) void add_columns(Floats (&sums)[2 * R], const float* a, int64_t a_stride, const Number* p, int64_t c_stride) {
+  __m256 x[R];
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) sums[r].a = _mm256_fmadd_ps(x[r].a, low, sums[r].a);
-  const __m256 high = load_eight(p + 8);
+  for (int r = 0; r < R; ++r) x[r] = _mm256_broadcast_ss(a + r * a_stride);
+#pragma GCC unroll 2
+  for (int c = 0; c < 2; ++c) {
+    const __m256 low = load_eight(p + c * c_stride);
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) sums[r].b = _mm256_fmadd_ps(x[r].b, high, sums[r].b);
+    for (int r = 0; r < R; ++r) sums[c * R + r].a = _mm256_fmadd_ps(x[r], low, sums[c * R + r].a);
+    const __m256 high = load_eight(p + c * c_stride + 8);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) sums[c * R + r].b = _mm256_fmadd_ps(x[r], high, sums[c * R + r].b);
+  }
 }
 inline Floats absolute(Floats x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
@@ -76,6 +84,13 @@ inline Floats load_float16(const uint16_t* p) {
   const __m256i x = load_bytes(p);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
 }
+// Rounded to bfloat16, ties to even.
+inline __m256 to_bfloat16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(0xFFFF0000)));
+}
+inline Floats to_bfloat16(Floats x) { return {to_bfloat16(x.a), to_bfloat16(x.b)}; }
 // Lanes -128 ... 127 as 16 bytes
 inline void store_int8(int8_t* p, Ints x) {
   const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);

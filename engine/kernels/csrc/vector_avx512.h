@@ -1,7 +1,8 @@
-// Sixteen lanes in one 512-bit register: AVX-512 F, BW, DQ, VL; with SEGUE_VNNI its int8 dot products too.
+// Sixteen lanes in one 512-bit register: AVX-512 F, BW, DQ, VL; with SEGUE_VNNI its int8 dot products too, with SEGUE_BF16 those of bfloat16.
 #include <immintrin.h>
 
 constexpr int kMaxRows = 12;
+constexpr int kMaxSums = 24;
 
 struct Floats { __m512 v; };
 struct Ints { __m512i v; };
@@ -56,15 +57,74 @@ inline Floats load_float16(const uint16_t* p) { return {_mm512_cvtph_ps(load_byt
 inline Floats load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
-// sums[r] += x[r] * sixteen numbers
+// sums[c * R + r] += a[r * a_stride] * sixteen numbers from p + c * c_stride
 template <int R, class Number>
-inline void add_products(Floats* sums, const Floats (&x)[R], const Number* p) {
-  const Floats numbers = load(p);
+inline __attribute__((always_inline)) void add_columns(Floats (&sums)[2 * R], const float* a, int64_t a_stride, const Number* p, int64_t c_stride) {
+  const Floats first = load(p), second = load(p + c_stride);
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) sums[r] = fma(x[r], numbers, sums[r]);
+  for (int r = 0; r < R; ++r) {
+    const Floats x = broadcast(a + r * a_stride);
+    sums[r] = fma(x, first, sums[r]);
+    sums[R + r] = fma(x, second, sums[R + r]);
+  }
 }
 // Lanes -128 ... 127 as 16 bytes
 inline void store_int8(int8_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
+
+// sum + products, in the register of sum: written with intrinsics, once a tile fills the registers, the compiler (GCC 12) keeps them in
+// memory.
+#if SEGUE_VNNI
+inline __m512i plus_products(__m512i sum, __m512i bytes, __m512i signed_bytes) {
+#if SEGUE_EMULATED
+  return _mm512_dpbusd_epi32(sum, bytes, signed_bytes);
+#else
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
+  return sum;
+#endif
+}
+#endif
+#if SEGUE_BF16
+inline __m512 plus_products(__m512 sum, __m512i pairs, __m512i others) {
+#if SEGUE_EMULATED
+  return _mm512_dpbf16_ps(sum, pairs, others);
+#else
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(others));
+  return sum;
+#endif
+}
+#endif
+
+#if SEGUE_BF16
+// Sixteen pairs of bfloat16 numbers, the first of each in the low half.
+struct Pairs { __m512i v; };
+// Sixteen numbers, or up to sixteen, as the low halves of lanes; lanes from `count` on are 0.
+inline __m512i load_halves(const uint16_t* p) { return _mm512_cvtepu16_epi32(load_bytes(p)); }
+inline __m512i load_halves(const uint16_t* p, int64_t count) {
+  if (count >= kLanes) return load_halves(p);
+  uint16_t some[kLanes] = {};
+  std::memcpy(some, p, count * sizeof(uint16_t));
+  return load_halves(some);
+}
+inline Pairs pair(__m512i first, __m512i second) { return {_mm512_or_si512(first, _mm512_slli_epi32(second, 16))}; }
+inline Pairs load_pairs(const uint32_t* p) { return {load_line(p)}; }
+inline void store_pairs(uint32_t* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
+inline Pairs broadcast_pair(const uint16_t* p) {
+  int32_t both;
+  std::memcpy(&both, p, 4);
+  return {_mm512_set1_epi32(both)};
+}
+inline Floats add_pair_products(Floats sum, Pairs x, Pairs y) { return {plus_products(sum.v, x.v, y.v)}; }
+inline void store_bfloat16(uint16_t* p, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
+}
+#else
+// Rounded to bfloat16, ties to even.
+inline Floats to_bfloat16(Floats x) {
+  const __m512i bits = _mm512_castps_si512(x.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  return {_mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(0xFFFF0000)))};
+}
+#endif
 
 #if SEGUE_VNNI
 // int8 products with VNNI: four at a time, activations moved up by 128 to make them unsigned.
@@ -75,11 +135,12 @@ inline void store_activations(Activation* p, Ints x) {
 }
 struct Quads { __m512i v; };
 inline Quads load_quads(const int8_t* p) { return {load_line(p)}; }
-inline void add_products(Ints& sum, Quads w, const Activation* four) {
+inline Quads broadcast_quad(const Activation* four) {
   int32_t all;
   std::memcpy(&all, four, 4);
-  sum.v = _mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(all), w.v);
+  return {_mm512_set1_epi32(all)};
 }
+inline void add_products(Ints& sum, Quads w, Quads activations) { sum.v = plus_products(sum.v, activations.v, w.v); }
 #else
 // int8 products without VNNI: widened to 16 bits and multiplied in pairs; see vector_avx2.h.
 using Activation = int16_t;

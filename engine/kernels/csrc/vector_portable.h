@@ -1,6 +1,7 @@
 // Sixteen lanes in plain arrays, for every other processor; the compiler makes of them what it can.
 
 constexpr int kMaxRows = 4;
+constexpr int kMaxSums = 4;
 
 struct Floats { float v[kLanes]; };
 struct Ints { int32_t v[kLanes]; };
@@ -76,12 +77,24 @@ inline Floats load_float16(const uint16_t* p) {
   });
 }
 inline Floats load(const int8_t* p) { return each_lane<Floats>([=](int i) { return static_cast<float>(p[i]); }); }
-// sums[r] += x[r] * sixteen numbers
+// Rounded to bfloat16, ties to even.
+inline Floats to_bfloat16(Floats x) {
+  return each_lane<Floats>([&](int i) {
+    uint32_t bits;
+    std::memcpy(&bits, &x.v[i], 4);
+    return from_bits((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
+  });
+}
+// sums[c * R + r] += a[r * a_stride] * sixteen numbers from p + c * c_stride
 template <int R, class Number>
-inline void add_products(Floats* sums, const Floats (&x)[R], const Number* p) {
-  const Floats numbers = load(p);
+inline __attribute__((always_inline)) void add_columns(Floats (&sums)[2 * R], const float* a, int64_t a_stride, const Number* p, int64_t c_stride) {
+  const Floats first = load(p), second = load(p + c_stride);
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) sums[r] = fma(x[r], numbers, sums[r]);
+  for (int r = 0; r < R; ++r) {
+    const Floats x = broadcast(a + r * a_stride);
+    sums[r] = fma(x, first, sums[r]);
+    sums[R + r] = fma(x, second, sums[R + r]);
+  }
 }
 inline void store_int8(int8_t* p, Ints x) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(x.v[i]);

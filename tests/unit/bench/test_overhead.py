@@ -48,7 +48,7 @@ def timed(events: list[Event], *times_s: float) -> Timing:
 def test_a_stopwatch_times_tokens_and_not_text() -> None:
     text_alone = Output(0, "b", (), None)
     done = Completed(1, 3, (path(),))
-    timing = timed([Started("r", "m", 1, 0), TOKEN, text_alone, TOKEN, TOKEN, done], 1.0, 1.5, 1.75, 2.25)
+    timing = timed([Started("r", "m", 1, 0, 0), TOKEN, text_alone, TOKEN, TOKEN, done], 1.0, 1.5, 1.75, 2.25)
     assert (timing.ttft_s, timing.gaps_s) == (0.5, (0.25, 0.5))
 
 

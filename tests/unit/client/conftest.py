@@ -38,7 +38,9 @@ WHOLE_ANSWER = [STARTED, output("Hel", 7), output("lo", 8, finish=pb.FINISH_REAS
 
 def broken_streams() -> list[list[Any]]:
     """Three streams that make one answer of two choices: two break."""
-    started = pb.GenerateResponse(started=pb.Started(request_id="r-1", model="tiny", num_prompt_tokens=3, seed=2**64 - 1))
+    started = pb.GenerateResponse(
+        started=pb.Started(request_id="r-1", model="tiny", num_prompt_tokens=3, seed=2**64 - 1, created_unix_s=7)
+    )
     stop = pb.FINISH_REASON_STOP
     return [
         [started, output("a", 1), output("b", 2, 3, choice=1), WorkerLost("died")],
@@ -51,7 +53,8 @@ def check_resumed(requests: list[pb.GenerateRequest]) -> None:
     first, second, third = requests
     assert not first.HasField("resume")
     choice = pb.ResumedChoice
-    assert second.resume == pb.Resume(seed=2**64 - 1, choices=[choice(token_ids=[1]), choice(token_ids=[2, 3])])
+    choices = [choice(token_ids=[1]), choice(token_ids=[2, 3])]
+    assert second.resume == pb.Resume(seed=2**64 - 1, created_unix_s=7, choices=choices)
     assert third.resume.choices == [choice(token_ids=[1]), choice(token_ids=[2, 3, 4, 5], finished=True)]
     second.ClearField("resume")
     assert second == first, "all else is as it was"

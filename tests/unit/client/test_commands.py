@@ -232,7 +232,7 @@ def test_times_count_from_asking_to_the_first_token_and_on_from_there() -> None:
     token = GeneratedToken(1)
     pieces: list[str] = []
     events = [
-        Started("r", "tiny", 3, 0),
+        Started("r", "tiny", 3, 0, 0),
         Output(0, "", (token,), None),
         Output(0, "ab", (token,), None),
         Output(1, "not shown", (), None),

@@ -6,15 +6,21 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from deploy.child import Child
 from deploy.launch import Launch, Programs
 from deploy.progress import Stage
 from deploy.ray_cluster import FOLDER_PREFIX, TEMP_ROOT
+from deploy.sweeper import main as end_session_of
 from deploy.sweeper import session_members
+from deploy.valkey import free_port
 from segue.config import ClusterSettings
 from segue.errors import ConfigError, InternalError, StoreUnavailable
 from segue.models.store import ModelHandle
@@ -116,6 +122,55 @@ async def test_a_start_that_is_cancelled_leaves_nothing(stub_programs: Programs,
     assert not ray_folders()
 
 
+@asynccontextmanager
+async def small_ray(folder: Path) -> AsyncIterator[str]:
+    """A Ray that runs already, with one core; its address."""
+    address, is_up = f"127.0.0.1:{free_port()}", asyncio.Event()
+    words = ["start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", address.rpartition(":")[2]]
+    words += ["--temp-dir", str(folder), "--num-cpus", "1", "--include-dashboard=false", "--object-store-memory", "80000000"]
+
+    def on_line(line: str) -> None:
+        if "runtime started" in line:
+            is_up.set()
+
+    ray = str(Path(sys.executable).with_name("ray"))
+    child = await Child.start("ray-head", (ray, *words), log=folder / "head.log", on_line=on_line)
+    try:
+        await is_up.wait()
+        yield address
+    finally:
+        await child.stop(10.0)
+        await asyncio.to_thread(end_session_of, child.pid, str(folder))
+
+
+async def test_what_a_ray_cluster_has_no_room_for_is_told_while_it_is_waited_for(
+    stub_programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    said: asyncio.Queue[str] = asyncio.Queue()
+
+    async def launch(settings: ClusterSettings) -> None:
+        async with Launch(settings, lambda stage: said.put_nowait(stage.detail), stub_programs):
+            pytest.fail("there is no room for it")
+
+    # Ray's sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="segue-test-", dir=TEMP_ROOT) as folder:
+        async with small_ray(Path(folder)) as address:
+            own = {"ray_address": address, "decode_resources": {"decode_node": 1.0}}
+            starting = asyncio.create_task(launch(SETTINGS.model_copy(update=own)))
+            try:
+                # The other worker is placed meanwhile.
+                while "no room yet for decode-0" not in (detail := await said.get()):
+                    pass
+            finally:
+                starting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await starting
+            assert "Ray has no room yet for decode-0: all 2 workers take 2 CPU, 1 decode_node" in detail
+            assert "the whole cluster has 1 CPU, 0 decode_node; add nodes" in detail
+
+
 async def test_a_store_that_does_not_answer_is_told_at_once(stub_programs: Programs, children: Callable[[], set[int]]) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -123,6 +178,18 @@ async def test_a_store_that_does_not_answer_is_told_at_once(stub_programs: Progr
         with pytest.raises(StoreUnavailable):
             await Launch(settings, programs=stub_programs).__aenter__()
     assert not children()
+
+
+async def test_logs_of_a_clusters_earlier_life_are_kept(
+    stub_programs: Programs, segue_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEGUE_STUB_ROUTER", "refuse")
+    settings = SETTINGS.model_copy(update={"cluster_id": "mine"})
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="the stub router does not like its settings"):
+            await Launch(settings, programs=stub_programs).__aenter__()
+    folders = [path for path in (segue_home / "logs").iterdir() if (path / "router-0.log").exists()]
+    assert sorted(path.name.partition(".")[0] for path in folders) == ["mine"] * 3
 
 
 async def test_logs_of_old_runs_are_dropped(stub_programs: Programs, segue_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

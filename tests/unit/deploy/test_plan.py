@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.driver_plan import DriverPlan
 from deploy.plan import can_listen, check_model, check_settings, is_spread, plan_driver, plan_router, plan_workers, worker_names
-from deploy.ray_driver import DriverPlan
 from segue.config import ClusterSettings, WorkerSettings
 from segue.errors import ConfigError
 from segue.models.store import ModelHandle

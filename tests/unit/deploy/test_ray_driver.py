@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from deploy.driver_events import DriverEvents
-from deploy.ray_driver import DriverPlan, Supervisor
+from deploy.driver_plan import DriverPlan
+from deploy.ray_driver import Supervisor
 from deploy.replica import Outcome
 from segue.config import WorkerSettings
 from segue.errors import ConfigError, Unavailable
@@ -43,6 +44,7 @@ class FakeRay:
         self.first_kill = asyncio.Event()
         self._outcomes = list(outcomes)
         self.is_full = False
+        self.num_decode_nodes = 0
 
     def remote(self, **options: Any) -> Callable[[Any], Any]:
         self.options.append(options)
@@ -86,7 +88,7 @@ class FakeRay:
         self.first_kill.set()
 
     def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 9.0}
+        return {"CPU": 9.0, "segue_slot": 10.0, "decode_node": self.num_decode_nodes}
 
     def available_resources(self) -> dict[str, float]:
         return {"CPU": 1.0}
@@ -111,6 +113,7 @@ def plan(*, threads: int = 2, spread: bool = False, **further: Any) -> DriverPla
 @pytest.fixture(autouse=True)
 async def _quick_and_without_traces(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     monkeypatch.setattr("deploy.ray_driver._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("deploy.ray_driver._LOOK_EVERY_S", 0.0)
     yield
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().remove_signal_handler(number)
@@ -208,7 +211,7 @@ async def test_each_role_takes_the_custom_resources_of_its_nodes() -> None:
     assert supervisor._ray.options[-1]["resources"] == {"decode_node": 0.5}
 
 
-async def test_replicas_are_added_and_ended_and_those_without_room_are_told() -> None:
+async def test_replicas_are_added_and_ended_and_those_without_room_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay([None, None])
     supervisor = Supervisor(ray, replace(plan(spread=True), ray_address="head:1", decode_resources={"decode_node": 1.0}))
     ray.is_full = True
@@ -218,14 +221,47 @@ async def test_replicas_are_added_and_ended_and_those_without_room_are_told() ->
     assert [worker.worker_id for worker in ray.started] == ["decode-7", "decode-8"]
     assert set(supervisor.running) == {"decode-7", "decode-8"}
     assert supervisor.what_is_missing(["decode-7", "decode-9"]) == (
-        "Ray has no room yet for decode-7: a rank of decode-7 takes 1 decode_node, 2 CPU, and free in the whole cluster are "
-        "0 decode_node, 1 CPU"
+        "Ray has no room yet for decode-7: all 2 workers take 2 decode_node, and the whole cluster has 0 decode_node; "
+        "add nodes, or ask for fewer workers"
+    )
+    ray.num_decode_nodes = 2
+    assert supervisor.what_is_missing(["decode-7"]) == "", "it may just be starting"
+    monkeypatch.setattr("deploy.ray_driver._PATIENCE_S", 0.0)
+    assert supervisor.what_is_missing(["decode-7"]) == (
+        "Ray has no room yet for decode-7: it takes 1 decode_node, 2 CPU, and free in the whole cluster are "
+        "0 of 2 decode_node, 1 of 9 CPU; add nodes, or ask for fewer workers"
     )
     supervisor.end("decode-7")
     await ray.first_kill.wait()
     await asyncio.sleep(0)
     assert set(supervisor.running) == {"decode-8"}
     supervisor.end("decode-8")
+
+
+async def test_what_there_is_no_room_for_is_told_once_and_that_it_came(capsys: pytest.CaptureFixture[str]) -> None:
+    ray = FakeRay([None])
+    ray.is_full = True
+    supervisor = Supervisor(ray, replace(plan(spread=True), ray_address="head:1", decode_resources={"decode_node": 1.0}))
+    supervisor.start("decode-0")
+    heard = DriverEvents()
+
+    async def until(problem: str) -> None:
+        said = ""
+        while not any(event["problem"].startswith(problem) for event in events(said)):
+            await asyncio.sleep(0)
+            said += capsys.readouterr().out
+        for line in said.splitlines():
+            heard.on_line(line)
+
+    telling = asyncio.create_task(supervisor._tell_of_room())
+    await until("Ray has no room yet for decode-0")
+    assert "1 decode_node" in heard.problem
+    ray.num_decode_nodes = 1
+    await until("")
+    assert heard.problem == ""
+    telling.cancel()
+    supervisor.end("decode-0")
+    await ray.first_kill.wait()
 
 
 async def test_the_launcher_hears_what_the_driver_says() -> None:

@@ -20,7 +20,7 @@ from segue.sampling import SamplingParams
 NUM_BLOCKS = 1200
 FORMATS = [
     pytest.param({"quantization": "int8"}, id="int8"),
-    pytest.param({"quantization": "int8", "kv_dtype": "bfloat16"}, id="int8-kv-bfloat16"),
+    pytest.param({"quantization": "int8", "kv_dtype": "float32"}, id="int8-kv-float32"),
     pytest.param({"quantization": "int8", "kv_dtype": "int8"}, id="int8-kv-int8"),
     pytest.param({"quantization": "int4"}, id="int4"),
     pytest.param({"dtype": "bfloat16"}, id="bfloat16"),

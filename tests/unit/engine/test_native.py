@@ -25,8 +25,8 @@ from segue.kv_layout import KVLayout
 from segue.models.config import RopeConfig
 from tests.support.native_library import build_emulated_library
 
-SETS = ["avx512vnni", "avx512", "avx2", "portable"]
-FUSED = SETS[:3]
+SETS = ["avx512bf16", "avx512vnni", "avx512", "avx2", "portable"]
+FUSED = SETS[:4]
 NUM_BLOCKS = 40
 FORMATS = ["float32", "bfloat16", "int8", "int4"]
 PROLOGUES = ["none", "norm", "gated", "scales", "norm+scales"]
@@ -170,9 +170,11 @@ def test_attention_is_that_of_torch_and_has_the_same_bits_everywhere(heads, bloc
     for qk_norm in (None, torch.linspace(0.5, 1.5, (heads[0] + heads[1]) * heads[2]).view(-1, heads[2])):
         expected = run_attention(bed, bed.torch(), pieces, qk_norm)
         results = [run_attention(bed, bed.native(library, name), pieces, qk_norm) for name in SETS]
-        assert all((result - expected).abs().max() < 1e-5 * expected.abs().max() for result in results)
-        assert all(torch.equal(results[0], other) for other in results[:3])
-        assert torch.equal(run_attention(bed, bed.native(library, "avx2", threads=3), pieces, qk_norm), results[2])
+        # Weights are rounded to bfloat16 beside the largest score so far, which in torch is the largest of all.
+        tolerance = 4e-3 if dtype == "bfloat16" else 1e-5
+        assert all((result - expected).abs().max() < tolerance * expected.abs().max() for result in results)
+        assert all(torch.equal(results[0], other) for other in results[:4])
+        assert torch.equal(run_attention(bed, bed.native(library, "avx2", threads=3), pieces, qk_norm), results[0])
 
 
 def test_cached_numbers_are_those_of_torch(library):

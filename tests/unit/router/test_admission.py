@@ -196,3 +196,58 @@ async def test_the_queue_is_bounded(pair: Pair) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert gate.num_waiting == 0
+
+
+class Clock:
+    """The loop's, in the test's hands."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: self.now_s)
+
+
+async def test_the_pace_of_bursts_is_that_of_all_their_gaps(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty come in at once, each second: twenty times 100 tokens a second."""
+    gate, clock = admission(pair, max_active=20, max_waiting=1000), Clock(monkeypatch)
+    waves: list[list[asyncio.Event]] = [[asyncio.Event() for _ in range(20)] for _ in range(15)]
+    async with asyncio.TaskGroup() as group:
+        for leave in [leave for wave in waves for leave in wave]:
+            group.create_task(come(gate, "", [], leave))
+        await settle()
+        for number, wave in enumerate(waves):
+            assert gate.num_waiting == 20 * (len(waves) - 1 - number)
+            if number >= 3:
+                assert gate.predicted_wait_s(request()) == pytest.approx(gate.num_waiting / 20, rel=0.35)
+            clock.now_s += 1.0
+            for leave in wave:
+                leave.set()
+            await settle()
+
+
+async def test_the_pace_is_learned_from_one_that_waits_alone_but_not_from_idle_times(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, clock, order = admission(pair, max_active=1), Clock(monkeypatch), list[str]()
+    async with asyncio.TaskGroup() as group:
+        for number in range(4):
+            first, second = asyncio.Event(), asyncio.Event()
+            group.create_task(come(gate, f"{number}a", order, first))
+            await settle()
+            group.create_task(come(gate, f"{number}b", order, second))
+            await settle()
+            clock.now_s += 2.0
+            first.set()
+            await settle()
+            second.set()
+            await settle()
+            # Idle.
+            clock.now_s += 500.0
+        assert len(order) == 8
+        hold, leave = asyncio.Event(), asyncio.Event()
+        group.create_task(come(gate, "c", order, hold))
+        await settle()
+        group.create_task(come(gate, "d", order, leave))
+        await settle()
+        assert gate.predicted_wait_s(request()) == pytest.approx(2.0)
+        hold.set()
+        leave.set()

@@ -38,6 +38,9 @@ async def test_every_file_is_served_and_may_ask_nothing_but_this_router(serve: S
             assert policy.startswith("default-src 'self';")
             assert "unsafe" not in policy
             assert response.headers["x-content-type-options"] == "nosniff"
+        sent_on = await running.http.get("/console/")
+        assert (sent_on.status_code, sent_on.headers["location"]) == (308, "../console")
+        assert (await running.http.get("/console/", follow_redirects=True)).status_code == 200
         assert (await running.http.get("/console/files.py")).status_code == 404
         assert (await running.http.post("/console")).status_code == 405
 

@@ -70,7 +70,7 @@ async def test_all_forms_of_prompt(serve: ServeFront, say: Say, tokenizer: Token
             pb.GenerateRequest(chat=chat),
         ):
             await collect(stub.Generate(request))
-        expected = [tokenizer.encode("the"), [5, 6], tokenizer.encode_chat([ChatMessage("user", "Hello")])]
+        expected = [tokenizer.encode("the"), [5, 6], tokenizer.encode_chat([ChatMessage("user", "Hello")], 0)]
         assert [list(request.prompt_token_ids) for request in running.core.requests] == expected
         answer = await stub.Tokenize(pb.TokenizeRequest(chat=chat))
         assert (list(answer.token_ids), answer.max_context) == (expected[2], MAX_CONTEXT)

@@ -112,14 +112,14 @@ def test_sentence_piece_keeps_the_space_of_a_continued_text(tmp_path: Path) -> N
 
 def test_chat_is_rendered_with_the_template(tokenizer: Tokenizer) -> None:
     messages = [ChatMessage("system", "Be brief."), ChatMessage("user", "Hello")]
-    rendered = tokenizer.render_chat(messages)
+    rendered = tokenizer.render_chat(messages, 0)
     assert rendered == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.encode_chat(messages)[0] == 0
+    assert tokenizer.encode_chat(messages, 0)[0] == 0
 
 
 def test_a_template_that_refuses_names_messages(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="the assistant may not begin") as caught:
-        tokenizer.render_chat([ChatMessage("assistant", "Hi")])
+        tokenizer.render_chat([ChatMessage("assistant", "Hi")], 0)
     assert caught.value.field == "messages"
 
 
@@ -130,7 +130,7 @@ def test_a_template_that_refuses_names_messages(tokenizer: Tokenizer) -> None:
         ("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{% endfor %}x", "x"),
         ("{% generation %}{{ messages[0].role }}{% endgeneration %}", "user"),
         ("{% if true %}\n  {% set x = 1 %}\nx={{ x }}{% endif %}", "x=1"),
-        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ strftime_now('%Y') }}{% macro year() %}{{ strftime_now('%y') }}{% endmacro %}{{ year() }}", "200101"),
     ],
 )
 def test_what_templates_rely_on(source: str, rendered: str, model_dir: Path, tmp_path: Path) -> None:
@@ -138,27 +138,27 @@ def test_what_templates_rely_on(source: str, rendered: str, model_dir: Path, tmp
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((model_dir / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text(source)
-    assert Tokenizer.from_dir(tmp_path).render_chat([ChatMessage("user", "grüß <dich>")]) == rendered
+    assert Tokenizer.from_dir(tmp_path).render_chat([ChatMessage("user", "grüß <dich>")], 10**9) == rendered
 
 
 def test_templates_run_in_a_sandbox(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((model_dir / "tokenizer.json").read_bytes())
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}{{ messages.append(1) }}")
     with pytest.raises(InvalidRequest):
-        Tokenizer.from_dir(tmp_path).render_chat([ChatMessage("user", "x")])
+        Tokenizer.from_dir(tmp_path).render_chat([ChatMessage("user", "x")], 0)
 
 
 def test_a_named_default_template_is_found(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((model_dir / "tokenizer.json").read_bytes())
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert Tokenizer.from_dir(tmp_path).render_chat([]) == "yes"
+    assert Tokenizer.from_dir(tmp_path).render_chat([], 0) == "yes"
 
 
 def test_without_a_template_chats_are_refused(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((model_dir / "tokenizer.json").read_bytes())
     with pytest.raises(InvalidRequest, match="no chat template"):
-        Tokenizer.from_dir(tmp_path).render_chat([])
+        Tokenizer.from_dir(tmp_path).render_chat([], 0)
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,14 @@ def test_one_that_was_stopped_is_not_slow_from_then_on() -> None:
     for _ in range(500):
         trend.add(1, 5000.0)
     assert trend.line()[0] > 3000, "what stays slow is"
+
+
+def test_bursts_are_measured_as_they_are() -> None:
+    """Nineteen gaps of nothing and a long one: what counts as three times the expected at most never adds up."""
+    bursts = ([0.0] * 19 + [1.0]) * 20
+    whole, capped = Trend(most_times_expected=None), Trend()
+    for y in bursts:
+        whole.add(100, y)
+        capped.add(100, y)
+    assert whole.ratio == pytest.approx(1 / 2000, rel=0.2)
+    assert capped.ratio < whole.ratio / 10
