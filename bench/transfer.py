@@ -116,7 +116,9 @@ async def run(repeats: int, with_peers: bool, model: str | None, console: Consol
                 if command is None:
                     raise ConfigError("NIXL is not installed; run `python -m bench.peers setup`", field="peers")
                 for name, env in NIXL_ENVIRONMENTS.items():
-                    nixl[name] = await stack.enter_async_context(AskedProcess(name, command, env))
+                    # NIXL's threads look for work all the time.
+                    nixl[name] = await stack.enter_async_context(AskedProcess(name, command, env, rests=True))
+                    await _nixl_s(nixl[name], REGION_BYTES, REGION_BYTES)
             for size, case in SIZES.items():
                 state.update(f"moving {size}")
                 async with TransferPair(case) as pair:

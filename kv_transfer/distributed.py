@@ -26,7 +26,7 @@ from torch._C import _distributed_c10d as distributed
 from torch.distributed import DistError
 
 from kv_transfer.plan import RegionFormat
-from kv_transfer.protocol import FreshRegion
+from kv_transfer.protocol import FreshRegions
 from kv_transfer.tensors import TensorMemory
 from kv_transfer.transports import Parcel
 from segue.errors import TransferError, TransferRefused
@@ -173,13 +173,13 @@ class DistWriter:
 class DistReader:
     target: TensorTarget
 
-    def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Sequence[torch.Tensor]) -> bool:
+    def read(self, layer: int, regions: FreshRegions, blocks: Sequence[int], payload: Sequence[torch.Tensor]) -> bool:
         target, form = self.target, self.target.format
-        arrived = payload[0].view(-1, form.region_bytes)[_index([region.position for region, _ in regions], target.memory)]
-        if tensor_checksums(arrived) != [region.checksum for region, _ in regions]:
+        arrived = payload[0].view(-1, form.region_bytes)[_index(regions.positions, target.memory)]
+        if tensor_checksums(arrived) != regions.checksums:
             return False
         stored = _of_heads(target.memory, layer, form)
-        stored[_index([block for _, block in regions], target.memory)] = arrived.view(-1, *stored.shape[1:])
+        stored[_index(blocks, target.memory)] = arrived.view(-1, *stored.shape[1:])
         return True
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kv_transfer.faults import Faults
 from kv_transfer.protocol import LOCAL, Failure, Frames, ReceivePhase, ReceivingTicket
+from kv_transfer.transports import PushReader
 from segue.errors import TransferRefused
 from segue.v1 import transfer_pb2 as pb
 
@@ -23,6 +24,14 @@ class Arrival:
     transport: str
 
 
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What takes a ticket's pushes in, and whether the event loop does or the transfer thread."""
+
+    reader: PushReader
+    is_quick: bool
+
+
 class Incoming:
     """`apply` is what the receiver wants to be told after each change of the ticket made here."""
 
@@ -30,6 +39,10 @@ class Incoming:
         self, ticket: pb.Ticket, state: ReceivingTicket, apply: Callable[[Incoming, Frames], None], faults: Faults
     ) -> None:
         self.ticket = ticket
+        # As a list: a field of a message makes each number anew whenever it is read.
+        self.block_ids = list(ticket.block_ids)
+        # From the first push on.
+        self.intake: Intake | None = None
         self.state = state
         self._apply = apply
         self._faults = faults

@@ -151,15 +151,16 @@ class TargetRegions:
 
     def _pieces(self, layer: int, blocks: Sequence[int]) -> Pieces:
         """Where the regions lie, in order. Raises IndexError for blocks that are not there."""
-        stored = self.memory.blocks(layer)[:, :, _within(self.format.heads, self.memory.layout)]
+        stored, layout = self.memory.blocks(layer), self.memory.layout
         wanted = np.asarray(blocks, np.int64)
         if ((wanted < 0) | (wanted >= len(stored))).any():
             raise IndexError(f"blocks {list(blocks)} of {len(stored)}")
         addresses = address_of(stored) + wanted * stored.strides[0]
-        if self.format.heads == self.memory.layout.heads:
+        if self.format.heads == layout.heads:
             return Pieces(addresses, self.format.region_bytes, stored)
         # The heads' K, and behind those of other heads their V.
-        both = addresses[:, None] + np.array([0, stored.strides[1]], np.int64)
+        first = _within(self.format.heads, layout).start * stored.strides[2]
+        both = addresses[:, None] + np.array([first, first + stored.strides[1]], np.int64)
         return Pieces(both.reshape(-1), self.format.region_bytes // 2, stored)
 
     def convert(self, layer: int, blocks: Sequence[int], payload: Sequence[memoryview]) -> None:

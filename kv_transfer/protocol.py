@@ -78,13 +78,16 @@ class ReceivePhase(enum.Enum):
     FAILED = "failed"
 
 
-@dataclass(slots=True)
-class FreshRegion:
-    """A region to check and, over TCP, to copy: `position` counts in the push's own bytes, `index` in the ticket's blocks."""
+@dataclass(frozen=True, slots=True)
+class FreshRegions:
+    """Regions to check and, over TCP, to copy: `positions` count in the push's own bytes, `indices` in the ticket's blocks."""
 
-    position: int
-    index: int
-    checksum: int
+    positions: Sequence[int] = ()
+    indices: Sequence[int] = ()
+    checksums: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 @dataclass(slots=True)
@@ -154,27 +157,24 @@ class ReceivingTicket:
         self.heard_s = now_s
         return [pb.TransferFrame(opened=pb.Opened(ticket_id=self.ticket_id))]
 
-    def push(
-        self, writer: object, push: pb.Push, payload_sizes: Sequence[int], now_s: float
-    ) -> tuple[list[FreshRegion], Frames]:
+    def push(self, writer: object, push: pb.Push, payload_sizes: Sequence[int], now_s: float) -> tuple[FreshRegions, Frames]:
         """`payload_sizes` are the bytes of each frame that came along. Returns the regions that this push brought, for the
         caller to check (`verified` follows), and the frames to answer with."""
         if writer is not self.writer or self.phase is not ReceivePhase.OPEN:
-            return [], self._unexpected_push(writer)
+            return FreshRegions(), self._unexpected_push(writer)
         self.heard_s = now_s
         # Plain lists: a field of a message makes each of its numbers anew whenever it is read.
         indices, checksums = list(push.indices), list(push.checksums)
         if problem := self._problem(push.layer, indices, checksums, payload_sizes):
-            return [], self._fail(Failure(TransferRefused, f"bad push for ticket {self.ticket_id}: {problem}"))
+            return FreshRegions(), self._fail(Failure(TransferRefused, f"bad push for ticket {self.ticket_id}: {problem}"))
         known = self.pushed[push.layer]
-        fresh = []
-        for position, (index, checksum) in enumerate(zip(indices, checksums, strict=True)):
-            if index not in known:
-                known[index] = checksum
-                fresh.append(FreshRegion(position, index, checksum))
-            elif known[index] != checksum:
+        for index, checksum in zip(indices, checksums, strict=True):
+            if known.get(index, checksum) != checksum:
                 reason = f"layer {push.layer}, block {index} of ticket {self.ticket_id} was pushed twice, with other bytes"
-                return [], self._fail(Failure(TransferRefused, reason))
+                return FreshRegions(), self._fail(Failure(TransferRefused, reason))
+        positions = [position for position, index in enumerate(indices) if index not in known]
+        fresh = FreshRegions(positions, [indices[i] for i in positions], [checksums[i] for i in positions])
+        known.update(zip(fresh.indices, fresh.checksums, strict=True))
         self.num_unverified += len(fresh)
         return fresh, []
 

@@ -1,21 +1,24 @@
 """One transfer, seen from the prefill service: bytes go out while the prompt is still being computed.
 
-`send` may be called from any thread. Bytes are copied and checksummed on the sender's transfer thread, in the order of the
-calls; frames go out from the event loop.
+`send` may be called from any thread. Parcels are brought over one by one, in the order of the calls: on the event loop,
+one in each of its turns, or on the sender's transfer thread where it takes longer than the loop may stand still.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
-from functools import partial
+from concurrent.futures import Executor
+from threading import get_ident
 from typing import Protocol
 
 from kv_transfer.protocol import LOCAL, Failure, Frames, SendingTicket, SendPhase
-from kv_transfer.transports import Parcel, Payload, PushWriter, RegionSource, plan_parcels
+from kv_transfer.transports import Parcel, Payload, PushWriter, RegionSource, is_quick, plan_parcels
 from segue.errors import TransferError
 from segue.v1 import transfer_pb2 as pb
+
+Written = tuple[list[int], Payload]
 
 
 class Connection(Protocol):
@@ -49,11 +52,17 @@ class Push:
         self._path = connection.path_of(ticket)
         self._thread = thread
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = get_ident()
+        # Parcels that are not begun, each with the prompt's blocks here.
+        self._waiting: deque[tuple[Parcel, Sequence[int]]] = deque()
+        # Not while parcels are written, as far as the event loop knows.
+        self._is_quiet = asyncio.Event()
+        self._is_quiet.set()
         self._block_ids = tuple(ticket.block_ids)
         self._opened = asyncio.Event()
         self._over = asyncio.Event()
         self._sealed = False
-        # Read by the transfer thread: once False, no further parcel is begun.
+        # Once False, no further parcel is begun.
         self._may_write = True
         self._stopping: asyncio.Task[None] | None = None
 
@@ -92,11 +101,17 @@ class Push:
             raise ValueError(f"layer {layer} of {memory.layout.num_layers}")
         if not first_block <= blocks.start <= blocks.stop <= first_block + len(self._block_ids):
             raise ValueError(f"{blocks}: blocks from {first_block} on are wanted, {len(self._block_ids)} of them")
-        if not all(0 <= source < memory.num_blocks for source in source_blocks):
+        if source_blocks and not 0 <= min(source_blocks) <= max(source_blocks) < memory.num_blocks:
             raise ValueError(f"source blocks beyond the {memory.num_blocks} of this worker")
         if (blocks.stop - 1) * ticket.block_size // memory.layout.block_size >= len(source_blocks):
             raise ValueError(f"{blocks}: beyond the {len(source_blocks)} source blocks")
-        self._thread.submit(self._write, *self._path, layer, tuple(source_blocks), blocks).add_done_callback(self._on_written)
+        indices, placed = range(blocks.start - first_block, blocks.stop - first_block), tuple(source_blocks)
+        parcels = plan_parcels(self.transport, layer, indices, self._block_ids, self._path[0].format.region_bytes)
+        self._waiting.extend((parcel, placed) for parcel in parcels)
+        if get_ident() == self._loop_thread:
+            self._begin_writing()
+        else:
+            self._loop.call_soon_threadsafe(self._begin_writing)
 
     async def commit(self, first_token: int, source_blocks: Sequence[int] = ()) -> int:
         """Waits until everything is out and the receiver has taken it over. Returns the bytes that travelled.
@@ -165,33 +180,49 @@ class Push:
         self._connection.forget(self)
 
     async def _flushed(self) -> None:
-        """All that was queued on the transfer thread is done, and its frames are handed to the connection."""
-        await self._loop.run_in_executor(self._thread, lambda: None)
+        """All writes have ended, and their frames are handed to the connection."""
+        self._begin_writing()  # what another thread sent, if word of it is still on its way
+        await self._is_quiet.wait()
 
-    # On the transfer thread
+    def _begin_writing(self) -> None:
+        if self._waiting and self._is_quiet.is_set():
+            self._is_quiet.clear()
+            self._loop.call_soon(self._write_next)
 
-    def _write(self, source: RegionSource, writer: PushWriter, layer: int, source_blocks: Sequence[int], blocks: range) -> None:
-        first_block, region_bytes = self.ticket.first_block, source.format.region_bytes
-        indices = range(blocks.start - first_block, blocks.stop - first_block)
-        for parcel in plan_parcels(layer, indices, self._block_ids, region_bytes):
-            if not self._may_write:
-                return
-            regions = source.take(layer, source_blocks, [first_block + index for index in parcel.indices])
-            checksums, payload = writer.write(parcel, regions)
-            self._loop.call_soon_threadsafe(self._announce, parcel, checksums, payload)
+    def _write_next(self) -> None:
+        """Brings a parcel over. The next one has its turn after the frame of this one."""
+        if self._path is None or not self._may_write or not self._waiting:
+            self._waiting.clear()
+            self._is_quiet.set()
+            return
+        parcel, source_blocks = self._waiting.popleft()
+        source, writer = self._path
+        if is_quick(self.transport, source.format, source.memory.layout):
+            self._on_written(parcel, self._write(source, writer, parcel, source_blocks))
+            return
+        writing = self._loop.run_in_executor(self._thread, self._write, source, writer, parcel, source_blocks)
+        writing.add_done_callback(lambda written: self._on_written(parcel, written.result()))
 
-    def _on_written(self, written: Future[None]) -> None:
-        if not written.cancelled() and (error := written.exception()) is not None:
-            failure = Failure(TransferError, f"ticket {self.ticket.ticket_id}: writing failed: {error!r}")
-            self._loop.call_soon_threadsafe(partial(self._break, failure))
+    def _write(
+        self, source: RegionSource, writer: PushWriter, parcel: Parcel, source_blocks: Sequence[int]
+    ) -> Written | Failure:
+        """What came of it: on the event loop, or on the transfer thread."""
+        try:
+            first_block = self.ticket.first_block
+            return writer.write(parcel, source.take(parcel.layer, source_blocks, [first_block + i for i in parcel.indices]))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the transfer ends with it
+            return Failure(TransferError, f"ticket {self.ticket.ticket_id}: writing failed: {error!r}")
 
-    # On the event loop
-
-    def _announce(self, parcel: Parcel, checksums: list[int], payload: Payload) -> None:
-        for frame in self._state.push(parcel.layer, parcel.indices, checksums):
-            self._connection.post(frame, payload, lambda: self._state.phase is not SendPhase.FAILED)
-
-    def _break(self, failure: Failure) -> None:
-        self._state.abandon(failure.reason)
-        self.revoked.set()
-        self._begin_stop()
+    def _on_written(self, parcel: Parcel, written: Written | Failure) -> None:
+        if isinstance(written, Failure):
+            self._state.abandon(written.reason)
+            self.revoked.set()
+            self._begin_stop()
+        else:
+            checksums, payload = written
+            for frame in self._state.push(parcel.layer, parcel.indices, checksums):
+                self._connection.post(frame, payload, lambda: self._state.phase is not SendPhase.FAILED)
+        if self._waiting:
+            self._loop.call_soon(self._write_next)
+        else:
+            self._is_quiet.set()

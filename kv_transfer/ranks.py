@@ -164,10 +164,11 @@ class RankedReceiver:
         ranks: list[Receiver | RemoteRank] = [self._own, *self._others]
         asking = [asyncio.ensure_future(rank.reserve(first_block, block_ids, num_writers)) for rank in ranks]
         try:
-            return [part for parts in await asyncio.shield(asyncio.gather(*asking)) for part in parts]
+            await asyncio.wait(asking)
+            return [part for granted in asking for part in granted.result()]
         except BaseException:
-            granted = await asyncio.gather(*asking, return_exceptions=True)
-            parts = [part for parts in granted if not isinstance(parts, BaseException) for part in parts]
+            answers = await asyncio.gather(*asking, return_exceptions=True)
+            parts = [part for parts in answers if not isinstance(parts, BaseException) for part in parts]
             await asyncio.gather(*(part.fence() for part in parts))
             raise
 

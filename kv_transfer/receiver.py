@@ -24,14 +24,14 @@ from google.protobuf.message import DecodeError
 
 from kv_transfer.faults import NO_FAULTS, Faults
 from kv_transfer.identity import WorkerIdentity
-from kv_transfer.incoming import Arrival, Incoming
+from kv_transfer.incoming import Arrival, Incoming, Intake
 from kv_transfer.plan import shared_heads
 from kv_transfer.protocol import (
     DIST,
     LOCAL,
     Failure,
     Frames,
-    FreshRegion,
+    FreshRegions,
     ReceivingTicket,
     answer_without_ticket,
     named_ticket,
@@ -39,7 +39,7 @@ from kv_transfer.protocol import (
 )
 from kv_transfer.sockets import SocketKeys, bind_receiver
 from kv_transfer.tensors import Memory
-from kv_transfer.transports import MAX_PUSH_BYTES, Payload, check_transports
+from kv_transfer.transports import MAX_PUSH_BYTES, Payload, PushReader, check_transports, is_quick
 from kv_transfer.writers import Writer, Writers
 from segue.errors import ChecksumMismatch, ConfigError, TransferError
 from segue.kv_layout import KVLayout
@@ -254,6 +254,7 @@ class KVReceiver:
         await self._slots.acquire()
         if not self._on_push(writer, push, payload):
             self._slots.release()
+        await asyncio.sleep(0)  # everything else on this event loop has its turn
 
     def _on_frame(self, writer: Writer, frame: pb.TransferFrame) -> None:
         ticket_id = named_ticket(frame)
@@ -278,26 +279,25 @@ class KVReceiver:
         self._dispatch(incoming, frames, writer)
         if not fresh:
             return False
-        reader = self._writers.reader(writer, incoming.ticket)
-        block_ids = incoming.ticket.block_ids
-        regions = [(region, block_ids[region.index]) for region in fresh]
-        checked = asyncio.get_running_loop().run_in_executor(self._thread, reader.read, push.layer, regions, payload)
-        checked.add_done_callback(partial(self._on_checked, incoming, push.layer, fresh))
+        intake = incoming.intake = incoming.intake or self._intake(writer, incoming.ticket)
+        blocks = [incoming.block_ids[index] for index in fresh.indices]
+        check = partial(_check, intake.reader, push, fresh, blocks, payload)
+        if intake.is_quick:
+            self._on_checked(incoming, len(fresh), check())
+            return True
+        checking = asyncio.get_running_loop().run_in_executor(self._thread, check)
+        checking.add_done_callback(lambda checked: self._on_checked(incoming, len(fresh), checked.result()))
         return True
 
-    def _on_checked(self, incoming: Incoming, layer: int, fresh: list[FreshRegion], checked: asyncio.Future[bool]) -> None:
+    def _intake(self, writer: Writer, ticket: pb.Ticket) -> Intake:
+        form = self._writers.region_format(writer, ticket)
+        return Intake(self._writers.reader(writer, ticket), is_quick(writer.transport, form, self._memory.layout))
+
+    def _on_checked(self, incoming: Incoming, num_regions: int, failure: Failure | None) -> None:
         self._slots.release()
-        ticket_id = incoming.ticket.ticket_id
-        failure = None
-        if checked.cancelled():
-            failure = Failure(TransferError, "the receiver was closed")
-        elif error := checked.exception():
-            failure = Failure(TransferError, f"what was pushed for ticket {ticket_id} could not be taken: {error}")
-        elif not checked.result():
-            failure = Failure(ChecksumMismatch, f"layer {layer} of ticket {ticket_id} arrived damaged")
-        else:
-            self.num_bytes_received += len(fresh) * incoming.state.region_bytes
-        self._dispatch(incoming, incoming.state.verified(len(fresh), failure))
+        if failure is None:
+            self.num_bytes_received += num_regions * incoming.state.region_bytes
+        self._dispatch(incoming, incoming.state.verified(num_regions, failure))
 
     def _dispatch(self, incoming: Incoming, frames: Frames, writer: Writer | None = None) -> None:
         """After every change of a ticket: those who wait are told, a ticket that is over is forgotten, answers go out."""
@@ -355,3 +355,12 @@ class KVReceiver:
         for incoming in list(self._tickets.values()):
             self._dispatch(incoming, incoming.state.revoke(failure))
             incoming.leave_open(failure)
+
+
+def _check(reader: PushReader, push: pb.Push, regions: FreshRegions, blocks: Sequence[int], payload: Payload) -> Failure | None:
+    """What was wrong with the push, if anything was. On the event loop, or on the transfer thread."""
+    try:
+        is_whole = reader.read(push.layer, regions, blocks, payload)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the ticket ends with it
+        return Failure(TransferError, f"what was pushed for ticket {push.ticket_id} could not be taken: {error}")
+    return None if is_whole else Failure(ChecksumMismatch, f"layer {push.layer} of ticket {push.ticket_id} arrived damaged")

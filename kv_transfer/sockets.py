@@ -4,6 +4,7 @@ cluster secret talk to members alone."""
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import logging
 import socket as net
@@ -15,7 +16,7 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from kv_transfer.transports import MAX_FRAME_BYTES
+from kv_transfer.transports import MAX_PUSH_BYTES
 from segue.cluster_secret import SETTING, ClusterSecret
 from segue.errors import ConfigError, TransferRefused
 
@@ -27,9 +28,13 @@ logger = logging.getLogger(__name__)
 _UNACKNOWLEDGED_MS = 2_500
 # On a connection that says nothing.
 _KEEPALIVE_S = 10
-# Of 4 MiB at most if they are pushes; when the queues are full the writer waits.
-_QUEUED_MESSAGES = 8
+# When the queues are full the writer waits.
+_QUEUED_MESSAGES = 4
 _MAX_CONTROL_BYTES = 2**16
+# Of glibc's mallopt(3), and what they are set to: frames are to come out of memory that the process keeps for them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_HEAP_FRAME_BYTES = 2 * MAX_PUSH_BYTES
+_KEPT_BYTES = 2**26
 # What was queued when a socket is closed has this long to leave.
 _LAST_WORDS_MS = 200
 # As plain numbers: arithmetic with the enums that they are takes longer than the calls they are for.
@@ -150,7 +155,7 @@ async def bind_receiver(
     # Sending to a peer that went away is then an error, which is how its loss is noticed.
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
-    socket.setsockopt(zmq.MAXMSGSIZE, max(MAX_FRAME_BYTES, region_bytes, _MAX_CONTROL_BYTES))
+    socket.setsockopt(zmq.MAXMSGSIZE, max(MAX_PUSH_BYTES, region_bytes, _MAX_CONTROL_BYTES))
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=net.SOCK_STREAM)
         address = str(found[0][4][0])
@@ -166,6 +171,18 @@ async def bind_receiver(
     if keys is not None:
         receiver.log_refusals()
     return receiver, socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def keep_frame_memory() -> None:
+    """Lets this process keep the memory of frames that it received for those to come.
+
+    ZeroMQ gets memory for each frame. What it frees goes back to the kernel, if glibc has its way, and each page is then mapped
+    and cleared anew, which takes as long as copying into it. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _HEAP_FRAME_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 @contextmanager

@@ -7,7 +7,7 @@
 | dist      | hands tensors to torch.distributed          | checks them, then scatters them           |
 | local     | does nothing: both phases share one cache   | has nothing to do                         |
 
-Writers and readers run on transfer threads; see pieces.py for their work on bytes.
+Writers and readers run on the event loop or on transfer threads (`is_quick`); see pieces.py for their work on bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from kv_transfer.identity import same_host
 from kv_transfer.pieces import Pieces, checksums
 from kv_transfer.plan import RegionFormat, TargetRegions
-from kv_transfer.protocol import DIST, SHM, TCP, FreshRegion
+from kv_transfer.protocol import DIST, SHM, TCP, FreshRegions
 from kv_transfer.tensors import Memory, TensorMemory, host_memory
 from segue.errors import ConfigError
 from segue.kv_layout import KVLayout
@@ -29,8 +29,8 @@ from segue.v1 import transfer_pb2 as pb
 # that its own cost, some tenths of a millisecond of Python, does not show.
 MAX_PUSH_BYTES = 4 * 2**20
 MAX_PUSH_BLOCKS = 512
-# ZeroMQ gives each frame memory of its own; this much is still in the processor's caches when it is read.
-MAX_FRAME_BYTES = 2**20
+# Over TCP less of it: what is on its way is copied into frames and out of them, and is to stay in the caches in between.
+_TCP_PUSH_BYTES = 2 * 2**20
 
 
 def choose_transport(hello: pb.Hello, host: pb.HostIdentity, accepted: Sequence[str]) -> str | None:
@@ -58,6 +58,13 @@ def region_format(ticket: pb.Ticket, target: KVLayout, transport: str, wire_dtyp
     )
 
 
+def is_quick(transport: str, form: RegionFormat, layout: KVLayout) -> bool:
+    """Whether a push, out of or into memory of this layout, takes no longer than an event loop may stand still, about a
+    millisecond: not where numbers are converted or a device is waited for. Threads take longer than that to wake up on a busy
+    machine."""
+    return transport != DIST and form.is_cut_like(layout)
+
+
 @dataclass(frozen=True, slots=True)
 class Parcel:
     """Blocks of one layer that travel in one push: positions among the ticket's blocks, and where these lie at the reader."""
@@ -67,9 +74,12 @@ class Parcel:
     targets: Sequence[int]
 
 
-def plan_parcels(layer: int, indices: Sequence[int], block_ids: Sequence[int], region_bytes: int) -> Iterator[Parcel]:
+def plan_parcels(
+    transport: str, layer: int, indices: Sequence[int], block_ids: Sequence[int], region_bytes: int
+) -> Iterator[Parcel]:
     """Cuts blocks, `indices` into `block_ids`, into pushes."""
-    size = max(1, min(MAX_PUSH_BYTES // region_bytes, MAX_PUSH_BLOCKS))
+    max_bytes = _TCP_PUSH_BYTES if transport == TCP else MAX_PUSH_BYTES
+    size = max(1, min(max_bytes // region_bytes, MAX_PUSH_BLOCKS))
     for start in range(0, len(indices), size):
         part = indices[start : start + size]
         yield Parcel(layer, part, [block_ids[index] for index in part])
@@ -110,37 +120,33 @@ class TcpWriter:
     region_bytes: int
 
     def write(self, parcel: Parcel, payload: list[memoryview]) -> tuple[list[int], list[memoryview]]:
-        size = max(1, MAX_FRAME_BYTES // self.region_bytes) * self.region_bytes
-        frames = [part[start : start + size] for part in payload for start in range(0, part.nbytes, size)]
-        return checksums(Pieces.of(payload, self.region_bytes), self.region_bytes), frames
+        return checksums(Pieces.of(payload, self.region_bytes), self.region_bytes), payload
 
 
 class PushReader(Protocol):
-    def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Any) -> bool:
-        """Takes (region, destination block) pairs of one push into the memory; False when a checksum does not hold."""
+    def read(self, layer: int, regions: FreshRegions, blocks: Sequence[int], payload: Any) -> bool:
+        """Takes regions of one push into `blocks` of the memory; False when a checksum does not hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShmReader:
     target: TargetRegions
 
-    def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Sequence[memoryview]) -> bool:
-        found = self.target.checksums(layer, [block for _, block in regions])
-        return found == [region.checksum for region, _ in regions]
+    def read(self, layer: int, regions: FreshRegions, blocks: Sequence[int], payload: Sequence[memoryview]) -> bool:
+        return self.target.checksums(layer, blocks) == regions.checksums
 
 
 @dataclass(frozen=True, slots=True)
 class TcpReader:
     target: TargetRegions
 
-    def read(self, layer: int, regions: Sequence[tuple[FreshRegion, int]], payload: Sequence[memoryview]) -> bool:
+    def read(self, layer: int, regions: FreshRegions, blocks: Sequence[int], payload: Sequence[memoryview]) -> bool:
         size = self.target.format.region_bytes
-        blocks, expected = [block for _, block in regions], [region.checksum for region, _ in regions]
-        fresh = _regions_at([region.position for region, _ in regions], payload, size)
+        fresh = _regions_at(regions.positions, payload, size)
         if self.target.is_direct:
             # One pass: damaged bytes lie then in blocks that nobody reads, as their ticket fails.
-            return self.target.copy(layer, blocks, fresh) == expected
-        if checksums(Pieces.of(fresh, size), size) != expected:
+            return self.target.copy(layer, blocks, fresh) == regions.checksums
+        if checksums(Pieces.of(fresh, size), size) != regions.checksums:
             return False
         self.target.convert(layer, blocks, fresh)
         return True

@@ -16,6 +16,7 @@ from kv_transfer.pairing import Roster
 from kv_transfer.plan import RegionFormat, TargetRegions, format_of, mismatch
 from kv_transfer.process_watch import ProcessWatch
 from kv_transfer.protocol import DIST, LOCAL, SHM, TCP
+from kv_transfer.sockets import keep_frame_memory
 from kv_transfer.tensors import Memory, host_memory
 from kv_transfer.transports import PushReader, ShmReader, TcpReader, choose_transport, region_format
 from segue.v1 import transfer_pb2 as pb
@@ -155,6 +156,8 @@ class Writers:
         def post(frame: pb.TransferFrame) -> None:
             self._post(connection, frame)
 
+        if transport == TCP:
+            keep_frame_memory()
         if transport != SHM:
             return Writer(hello.sender_id, hello.number, transport, post)
         writer = Writer(hello.sender_id, hello.number, transport, post)

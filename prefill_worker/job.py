@@ -71,3 +71,4 @@ class PrefillJob:
         waiting_for = self.hand_over if self.first_token.done() else self.first_token
         if not waiting_for.done():
             waiting_for.set_exception(error)
+            waiting_for.exception()  # asked for here, as a job that was cancelled meanwhile does not ask

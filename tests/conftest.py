@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import hypothesis
@@ -41,3 +43,18 @@ def cluster_id() -> str:
 async def membership(valkey: Valkey, cluster_id: str) -> AsyncIterator[Membership]:
     async with Membership(valkey.url, cluster_id) as store:
         yield store
+
+
+@pytest.fixture
+async def unheard_errors() -> AsyncIterator[Callable[[], list[str]]]:
+    """Gives what asyncio has complained of since the test began: errors of futures and tasks that nobody asked for."""
+    loop, complaints = asyncio.get_running_loop(), list[str]()
+
+    def found() -> list[str]:
+        gc.collect()
+        return complaints
+
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: complaints.append(context["message"]))
+    yield found
+    loop.set_exception_handler(handler)

@@ -32,6 +32,12 @@ const uint8_t* const kLastStripeSecret = kSecret + 121;
 const uint8_t* const kMergeSecret = kSecret + 11;
 // How far ahead lines are asked for; the processor's own guesses stop at the end of each page.
 constexpr int64_t kAhead = 512;
+// Copies of at least this much go past the caches: none of what they push out of a core's own cache would stay there anyway, and
+// lines that are written whole need not be read before.
+constexpr int64_t kStreamedBytes = 1 << 20;
+
+// What becomes of the bytes that are read.
+enum class Copy { kNone, kPlain, kStreamed };
 
 uint64_t read64(const uint8_t* bytes) {
   uint64_t number;
@@ -42,7 +48,7 @@ uint64_t read64(const uint8_t* bytes) {
 // Each stripe meets its own part of the secret, 8 bytes further on.
 using AddStripes = void(uint64_t* lanes, const uint8_t* source, uint8_t* target, int64_t count, const uint8_t* secret);
 
-template <bool copies>
+template <Copy copy>
 void add_stripes(uint64_t* lanes, const uint8_t* source, uint8_t* target, int64_t count, const uint8_t* secret) {
   for (int64_t stripe = 0; stripe < count; ++stripe, source += kStripe, secret += 8) {
     for (int i = 0; i < 8; ++i) {
@@ -50,15 +56,13 @@ void add_stripes(uint64_t* lanes, const uint8_t* source, uint8_t* target, int64_
       lanes[i] += (key & 0xFFFFFFFF) * (key >> 32);
       lanes[i ^ 1] += data;
     }
-    if constexpr (copies) target = static_cast<uint8_t*>(std::memcpy(target, source, kStripe)) + kStripe;
+    if constexpr (copy != Copy::kNone) target = static_cast<uint8_t*>(std::memcpy(target, source, kStripe)) + kStripe;
   }
 }
 
 #if defined(__x86_64__)
 
-// Plain stores: those past the caches copy faster, but over shared memory another core checks the bytes next, and then has to
-// read memory. docs/transfer.md has the figures.
-template <bool copies>
+template <Copy copy>
 __attribute__((target("avx2"))) void add_stripes_avx2(uint64_t* lanes, const uint8_t* source, uint8_t* target, int64_t count,
                                                       const uint8_t* secret) {
   auto* const stored = reinterpret_cast<__m256i*>(lanes);
@@ -71,7 +75,8 @@ __attribute__((target("avx2"))) void add_stripes_avx2(uint64_t* lanes, const uin
       const __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
       const __m256i swapped = _mm256_shuffle_epi32(data, _MM_SHUFFLE(1, 0, 3, 2));
       sums[i] = _mm256_add_epi64(sums[i], _mm256_add_epi64(product, swapped));
-      if constexpr (copies) _mm256_storeu_si256(reinterpret_cast<__m256i*>(target) + i, data);
+      if constexpr (copy == Copy::kPlain) _mm256_storeu_si256(reinterpret_cast<__m256i*>(target) + i, data);
+      if constexpr (copy == Copy::kStreamed) _mm256_stream_si256(reinterpret_cast<__m256i*>(target) + i, data);
     }
   }
   for (int i = 0; i < 2; ++i) _mm256_store_si256(stored + i, sums[i]);
@@ -79,12 +84,33 @@ __attribute__((target("avx2"))) void add_stripes_avx2(uint64_t* lanes, const uin
 
 #endif
 
-AddStripes* choose_add_stripes(bool copies) {
+template <Copy copy>
+AddStripes* choose_add_stripes() {
 #if defined(__x86_64__)
   static const bool has_avx2 = __builtin_cpu_supports("avx2");
-  if (has_avx2) return copies ? add_stripes_avx2<true> : add_stripes_avx2<false>;
+  if (has_avx2) return add_stripes_avx2<copy>;
 #endif
-  return copies ? add_stripes<true> : add_stripes<false>;
+  return add_stripes<copy>;
+}
+
+// Streaming stores take aligned targets alone.
+bool are_aligned(uint8_t* const* targets, int64_t num_pieces) {
+  return std::all_of(targets, targets + num_pieces, [](const uint8_t* target) {
+    return reinterpret_cast<uintptr_t>(target) % kStripe == 0;
+  });
+}
+
+AddStripes* choose_add_stripes(uint8_t* const* targets, int64_t num_pieces, int64_t piece_bytes) {
+  if (targets == nullptr) return choose_add_stripes<Copy::kNone>();
+  const bool streams = num_pieces * piece_bytes >= kStreamedBytes && are_aligned(targets, num_pieces);
+  return streams ? choose_add_stripes<Copy::kStreamed>() : choose_add_stripes<Copy::kPlain>();
+}
+
+// Streamed stores may still be on their way; whoever is told of the copy must find it.
+void finish_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // The checksum of one region, taken in from start to end.
@@ -142,7 +168,7 @@ class Checksum {
 // multiples of 64, a region has more than 240. Without `targets` (null) the sources are only read.
 extern "C" void segue_take_pieces(const uint8_t* const* sources, uint8_t* const* targets, int64_t num_pieces,
                                   int64_t piece_bytes, int64_t region_bytes, uint64_t* checksums) {
-  AddStripes* const add_stripes = choose_add_stripes(targets != nullptr);
+  AddStripes* const add_stripes = choose_add_stripes(targets, num_pieces, piece_bytes);
   Checksum checksum(region_bytes);
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
     for (int64_t done = 0; done < piece_bytes;) {
@@ -154,4 +180,5 @@ extern "C" void segue_take_pieces(const uint8_t* const* sources, uint8_t* const*
       }
     }
   }
+  finish_stores();
 }

@@ -776,7 +776,7 @@ class HandOver:
             return [], self._number(ticket.on_frame(writer, writer.transport, REGION_BYTES, frame, 0.0))
         sizes = [REGION_BYTES] if writer.transport == TCP else []
         fresh, answers = ticket.push(writer, frame.push, sizes, 0.0)
-        return [(frame.push.layer, region.checksum) for region in fresh], self._number(answers)
+        return [(frame.push.layer, checksum) for checksum in fresh.checksums], self._number(answers)
 
     def _verified(self, ticket: ReceivingTicket, is_right: bool) -> Any:
         return self._number(ticket.verified(1, None if is_right else Failure(ChecksumMismatch, "damaged")))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -44,6 +46,14 @@ async def test_a_process_answers_until_it_dies() -> None:
         assert await process.ask({"a": 1}) == {"a": 1}
         with pytest.raises(InternalError, match="as it was told"):
             await process.ask({"a": "die"})
+
+
+async def test_a_process_that_rests_is_stopped_between_two_questions() -> None:
+    async with AskedProcess("echo", [sys.executable, "-c", ECHO], rests=True) as process:
+        for question in ({"a": 1}, {"a": 2}):
+            assert await process.ask(question) == question
+            # Returns once it is stopped.
+            assert await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def test_sizes_are_what_their_names_say() -> None:

@@ -52,6 +52,16 @@ async def pair() -> AsyncIterator[Pair]:
         yield Pair(stack)
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture
+def transfer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop copies and checks nothing itself."""
+    for module in ("push", "receiver"):
+        monkeypatch.setattr(f"kv_transfer.{module}.is_quick", lambda transport, form, layout: False)
+
+
+@pytest.fixture(params=["shm", "tcp", "shm on threads", "tcp on threads"])
 def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+    name, _, threads = str(request.param).partition(" ")
+    if threads:
+        request.getfixturevalue("transfer_threads")
+    return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kv_transfer.protocol import Failure, ReceivePhase, ReceivingTicket, SendingTicket, SendPhase
+from kv_transfer.protocol import Failure, FreshRegions, ReceivePhase, ReceivingTicket, SendingTicket, SendPhase
 from segue.errors import ChecksumMismatch, LeaseExpired, TransferError, TransferRefused
 from segue.v1 import transfer_pb2 as pb
 
@@ -30,7 +30,7 @@ def push_all(ticket: ReceivingTicket) -> None:
     for layer in range(2):
         fresh, frames = ticket.push(WRITER, push(layer), sizes, 0.0)
         assert frames == []
-        assert [region.index for region in fresh] == [0, 1]
+        assert fresh.indices == [0, 1]
 
 
 def kinds(frames: list[pb.TransferFrame]) -> list[str | None]:
@@ -80,7 +80,7 @@ def test_a_commit_with_regions_missing_fails():
 def test_bad_pushes_end_the_ticket(bad: pb.Push, sizes: list[int], problem: str):
     ticket = receiving()
     fresh, frames = ticket.push(WRITER, bad, sizes, 0.0)
-    assert fresh == []
+    assert not fresh
     assert kinds(frames) == ["revoke"]
     assert ticket.failure is not None
     assert ticket.failure.kind is TransferRefused
@@ -91,7 +91,7 @@ def test_bad_pushes_end_the_ticket(bad: pb.Push, sizes: list[int], problem: str)
 def test_pushes_over_tcp_bring_whole_regions(sizes: list[int], problem: str):
     ticket = receiving("tcp")
     fresh, _ = ticket.push(WRITER, push(), sizes, 0.0)
-    assert fresh == []
+    assert not fresh
     assert ticket.failure is not None
     assert problem in ticket.failure.reason
 
@@ -99,7 +99,7 @@ def test_pushes_over_tcp_bring_whole_regions(sizes: list[int], problem: str):
 def test_the_same_push_twice_changes_nothing_but_other_bytes_do():
     ticket = receiving()
     push_all(ticket)
-    assert ticket.push(WRITER, push(), [], 0.0) == ([], [])
+    assert ticket.push(WRITER, push(), [], 0.0) == (FreshRegions([], [], []), [])
     assert ticket.num_unverified == 4
     ticket.push(WRITER, push(checksums=(100, 999)), [], 0.0)
     assert ticket.failure is not None

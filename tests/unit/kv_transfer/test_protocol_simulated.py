@@ -122,7 +122,10 @@ class Simulation:
             fresh, frames = receiver.push(writer, push, sizes, self.now_s)
             self.to_sender += frames
             if fresh:
-                contents = [(push.layer, part.index, part.checksum, value(push.layer, part.index)) for part in fresh]
+                contents = [
+                    (push.layer, index, checksum, value(push.layer, index))
+                    for index, checksum in zip(fresh.indices, fresh.checksums, strict=True)
+                ]
                 self.unchecked.append(contents)
         else:
             self.to_sender += receiver.on_frame(writer, self.transport, 8, frame, self.now_s)

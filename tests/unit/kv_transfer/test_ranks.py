@@ -156,6 +156,16 @@ async def test_a_reservation_that_is_given_up_leaves_nothing(workers):
     assert not decode.receiver._own._tickets
 
 
+async def test_a_reservation_that_is_given_up_and_refused_leaves_no_unheard_error(workers, unheard_errors):
+    _, decode = workers
+    reserving = asyncio.create_task(Reservation.of(decode.receiver, 0, [1], 3))
+    await asyncio.sleep(0)
+    reserving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reserving
+    assert not unheard_errors()
+
+
 async def test_a_rank_that_is_gone_ends_what_waits_for_it(workers):
     _, decode = workers
     reservation = await Reservation.of(decode.receiver, 0, [1], 2)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 import socket as net
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -134,3 +137,28 @@ async def test_what_changes_in_a_call_that_fails_is_not_missed(failing: str) -> 
         assert socket._writable.is_set(), "whoever waits to send is told, whichever call it was"
     finally:
         socket.close()
+
+
+FREED_AND_GOT_AGAIN = """
+import ctypes, resource
+from kv_transfer.sockets import keep_frame_memory
+from kv_transfer.transports import MAX_PUSH_BYTES
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+keep_frame_memory()
+def receive_frame():
+    frame = libc.malloc(MAX_PUSH_BYTES)
+    ctypes.memset(frame, 1, MAX_PUSH_BYTES)
+    libc.free(frame)
+receive_frame()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    receive_frame()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_the_memory_of_a_frame_serves_the_next_one():
+    faults = subprocess.run([sys.executable, "-c", FREED_AND_GOT_AGAIN], check=True, capture_output=True, text=True).stdout
+    assert int(faults) < 100, "of 8 x 1,024 pages"

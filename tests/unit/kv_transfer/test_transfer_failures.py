@@ -143,6 +143,7 @@ async def test_taking_back_ends_both_sides(pair, transport):
     assert receiver.num_failed == 0
 
 
+@pytest.mark.usefixtures("transfer_threads")
 async def test_the_fence_waits_for_a_write_in_place_that_is_under_way(pair, monkeypatch):
     receiver, sender = await pair.receiver(), await pair.sender(transports=("shm",))
     incoming = receiver.expect(0, [1])
@@ -400,7 +401,7 @@ async def test_an_oversized_frame_costs_its_sender_the_connection(pair):
     async with raw_peer(pair, receiver.endpoint) as peer:
         await peer.greet()
         await peer.open(incoming.ticket)
-        await peer.send([b"z" * 2**22], push=pb.Push(ticket_id=incoming.ticket.ticket_id))
+        await peer.send([b"z" * 2**23], push=pb.Push(ticket_id=incoming.ticket.ticket_id))
         with pytest.raises(TransferError, match="connection"):
             await asyncio.wait_for(incoming.arrival(), TIMEOUT_S)
     pair.assert_untouched(except_blocks=[])
@@ -583,6 +584,7 @@ async def test_a_connection_that_breaks_before_welcome_tells_what_the_one_before
     assert (await raw_receiver.receive("hello")).number == 4
 
 
+@pytest.mark.usefixtures("transfer_threads")
 async def test_hello_waits_for_the_writes_of_the_connection_before(pair, raw_receiver, monkeypatch):
     loop, begun, may_end = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     honest = ShmWriter.write

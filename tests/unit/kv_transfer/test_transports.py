@@ -71,10 +71,14 @@ def test_runs_cover_everything_once_and_count_up(numbers):
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 1200), st.sampled_from([64, 24_576, MAX_PUSH_BYTES, 3 * MAX_PUSH_BYTES]))
-def test_parcels_are_bounded_and_complete(num_blocks, region_bytes):
+@given(
+    st.sampled_from(["shm", "tcp", "dist"]),
+    st.integers(0, 1200),
+    st.sampled_from([64, 24_576, MAX_PUSH_BYTES, 3 * MAX_PUSH_BYTES]),
+)
+def test_parcels_are_bounded_and_complete(transport, num_blocks, region_bytes):
     block_ids = [7 * index for index in range(num_blocks)]
-    parcels = list(plan_parcels(2, range(num_blocks), block_ids, region_bytes))
+    parcels = list(plan_parcels(transport, 2, range(num_blocks), block_ids, region_bytes))
     assert [index for parcel in parcels for index in parcel.indices] == list(range(num_blocks))
     for parcel in parcels:
         assert parcel.targets == [block_ids[index] for index in parcel.indices]
