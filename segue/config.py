@@ -144,7 +144,9 @@ class EngineSettings(Settings):
     block_size: int = Field(32, ge=1, le=256, description="Tokens in one KV block")
     decode_block_size: int | None = Field(None, ge=1, le=256, description="The same for workers that only decode")
     threads: int = Field(0, ge=0, description="Compute threads of each worker; 0 shares out the cores")
-    max_prefill_tokens: int = Field(512, ge=1, description="Prompt tokens computed in one step")
+    max_prefill_tokens: int = Field(
+        256, ge=1, description="Prompt tokens computed in one step: few fit the caches of a CPU, GPUs want thousands"
+    )
     max_batch: int = Field(64, ge=1, description="Sequences that one worker decodes at a time")
     kv_pull: bool = Field(True, description="Fetch what decode has of a conversation instead of computing it")
     kv_transport: KVTransport = Field("auto", description="How KV travels between workers")
