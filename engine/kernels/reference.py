@@ -137,7 +137,9 @@ def attention_in_bfloat16(
     queries [rows, num_heads, head_dim], keys and values [num_kv_heads, positions, head_dim] float32, may_look [rows, positions]
     bool → [rows, num_heads * head_dim]
     """
-    grouped = _rounded(queries * (math.log2(math.e) / math.sqrt(queries.shape[-1]))).view(len(queries), len(keys), -1, queries.shape[-1])
+    grouped = _rounded(queries * (math.log2(math.e) / math.sqrt(queries.shape[-1]))).view(
+        len(queries), len(keys), -1, queries.shape[-1]
+    )
     scores = torch.einsum("rkgd,kpd->kgrp", grouped, keys).masked_fill_(~may_look, -torch.inf)
     weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
     sums = weights.sum(-1, keepdim=True)
