@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from engine.kernels.base import Kernels
+from engine.kernels.base import DecoderLayer, Kernels, LayerKernels
 from engine.parallel import RankGroup
 from engine.step import StepInputs
 from engine.weights import LayerWeights, ModelWeights
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer's linear layers as the backend packed them."""
-
-    qkv: Any
-    attention_output: Any
-    gate_up: Any
-    down: Any
-    qk_norm: torch.Tensor | None
 
 
 class Decoder:
@@ -33,7 +22,11 @@ class Decoder:
         self.kernels = kernels
         self._group = group
         self._embedding = weights.embedding.to(kernels.device)
-        self._layers = [_pack_layer(kernels, layer) for layer in weights.layers]
+        self._layers = tuple(_pack_layer(kernels, layer) for layer in weights.layers)
+        # All layers in one call, where the backend can do that.
+        self._run_at_once: Callable[[torch.Tensor, Any], None] | None = None
+        if group is None and isinstance(kernels, LayerKernels):
+            self._run_at_once = partial(kernels.run_layers, kernels.join_layers(self._layers))
         self._head = kernels.pack(weights.head, norm=weights.final_norm)
 
     def forward(self, step: StepInputs, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
@@ -53,6 +46,15 @@ class Decoder:
         `sampled_rows` [sampled] int64 are on its device."""
         kernels = self.kernels
         hidden = self._embedding[token_ids].to(torch.float32)
+        if self._run_at_once is not None and on_layer is None:
+            self._run_at_once(hidden, prepared)
+        else:
+            hidden = self._run_layers(hidden, prepared, on_layer)
+        logits = kernels.linear(self._head, hidden[sampled_rows])
+        return logits if self._group is None else self._group.join(logits, len(self._embedding))
+
+    def _run_layers(self, hidden: torch.Tensor, prepared: Any, on_layer: Callable[[int], None] | None) -> torch.Tensor:
+        kernels = self.kernels
         for index, layer in enumerate(self._layers):
             heads = kernels.linear(layer.qkv, hidden)
             kernels.rotate_and_write(index, heads, layer.qk_norm, prepared)
@@ -63,8 +65,7 @@ class Decoder:
                 # Every rank has brought what it attended to, and so has written before.
                 on_layer(index)
             hidden = self._add(layer.down, kernels.linear(layer.gate_up, hidden), hidden, num_parts=2)
-        logits = kernels.linear(self._head, hidden[sampled_rows])
-        return logits if self._group is None else self._group.join(logits, len(self._embedding))
+        return hidden
 
     def _add(self, layer: Any, inputs: torch.Tensor, hidden: torch.Tensor, num_parts: int = 1) -> torch.Tensor:
         """`hidden` with the layer's results added. Of several ranks each brings some of the `inputs` (of `num_parts` that lie
@@ -76,8 +77,8 @@ class Decoder:
         return self._group.join(self.kernels.linear(layer, inputs, add_to=own), hidden.shape[1])
 
 
-def _pack_layer(kernels: Kernels[Any, Any], layer: LayerWeights) -> _Layer:
-    return _Layer(
+def _pack_layer(kernels: Kernels[Any, Any], layer: LayerWeights) -> DecoderLayer[Any]:
+    return DecoderLayer(
         qkv=kernels.pack(layer.qkv, norm=layer.input_norm),
         attention_output=kernels.pack(layer.attention_output),
         gate_up=kernels.pack(layer.gate_up, norm=layer.mlp_norm),

@@ -10,7 +10,8 @@ result of the same shape is asked for.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -20,6 +21,18 @@ from engine.step import StepInputs
 
 PackedT = TypeVar("PackedT")
 StepT = TypeVar("StepT")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer(Generic[PackedT]):
+    """A layer's linear layers as the backend packed them."""
+
+    qkv: PackedT
+    attention_output: PackedT
+    gate_up: PackedT
+    down: PackedT
+    # [num_heads + num_kv_heads, head_dim] float32, if the model has it.
+    qk_norm: torch.Tensor | None
 
 
 class Kernels(Protocol[PackedT, StepT]):
@@ -47,3 +60,14 @@ class Kernels(Protocol[PackedT, StepT]):
 
     def attend(self, layer: int, heads: torch.Tensor, step: StepT) -> torch.Tensor:
         """Each token's query attends to its context in the cache, itself included: [tokens, num_heads * head_dim]."""
+
+
+@runtime_checkable
+class LayerKernels(Protocol):
+    """What a backend offers beside `Kernels` where a call for each operation costs time that a short step notices."""
+
+    def join_layers(self, layers: tuple[DecoderLayer[Any], ...]) -> Any:
+        """All layers of a decoder, at least one, for `run_layers`."""
+
+    def run_layers(self, layers: Any, hidden: torch.Tensor, step: Any) -> None:
+        """All operations of all layers in one call: `hidden` [tokens, hidden size] float32 as the last layer leaves it."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from engine.kernels.arena import Arena
+from engine.kernels.base import DecoderLayer
 from engine.kv_cache import KVCache
 from engine.linear import INT4_GROUP, FloatWeight, Int4Weight, Int8Weight, Linear, Weight
 from engine.rotary import RotaryTable
@@ -46,6 +47,12 @@ class _Linear(ctypes.Structure):
         ("has_norm", c_int32),
         ("norm_eps", c_float),
     )
+
+
+class _Layer(ctypes.Structure):
+    """struct Layer of csrc/abi.h"""
+
+    _fields_ = tuple((name, c_void_p) for name in ("qkv", "attention_output", "gate_up", "down", "qk_norm"))
 
 
 class _Cache(ctypes.Structure):
@@ -81,6 +88,18 @@ class NativeLinear:
 
 
 @dataclass(frozen=True, slots=True)
+class NativeLayers:
+    # ctypes array of _Layer, and its address.
+    array: Any
+    address: int
+    # Outputs of qkv and of gate_up.
+    qkv_width: int
+    gate_up_width: int
+    # What the array points to.
+    layers: tuple[DecoderLayer[NativeLinear], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NativeStep:
     # ctypes array of _Piece, and its address: handing over the array itself costs each call 0.6 microseconds more.
     pieces: Any
@@ -103,7 +122,14 @@ def open_library(path: str) -> ctypes.CDLL:
     heads = (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64)
     library.segue_rotate_and_write.argtypes = heads
     library.segue_attend.argtypes = heads
-    for function in (library.segue_close, library.segue_linear, library.segue_rotate_and_write, library.segue_attend):
+    library.segue_run_layers.argtypes = (*(c_void_p,) * 3, c_int64, c_void_p, c_int64, *(c_void_p,) * 4, c_int64)
+    for function in (
+        library.segue_close,
+        library.segue_linear,
+        library.segue_rotate_and_write,
+        library.segue_attend,
+        library.segue_run_layers,
+    ):
         function.restype = None
     return library
 
@@ -198,6 +224,38 @@ class NativeKernels:
             self._context, self._cache_address, layer, heads.data_ptr(), address, step.address, step.num_pieces
         )
         return outputs
+
+    def join_layers(self, layers: tuple[DecoderLayer[NativeLinear], ...]) -> NativeLayers:
+        array = (_Layer * len(layers))(
+            *(
+                _Layer(
+                    layer.qkv.address,
+                    layer.attention_output.address,
+                    layer.gate_up.address,
+                    layer.down.address,
+                    None if layer.qk_norm is None else layer.qk_norm.data_ptr(),
+                )
+                for layer in layers
+            )
+        )
+        first = layers[0]
+        return NativeLayers(array, ctypes.addressof(array), first.qkv.num_outputs, first.gate_up.num_outputs, layers)
+
+    def run_layers(self, layers: NativeLayers, hidden: torch.Tensor, step: NativeStep) -> None:
+        rows = len(hidden)
+        self._library.segue_run_layers(
+            self._context,
+            self._cache_address,
+            layers.address,
+            len(layers.layers),
+            hidden.data_ptr(),
+            rows,
+            self._result("linear", rows, layers.qkv_width)[1],
+            self._result("attend", rows, self._attended_width)[1],
+            self._result("linear", rows, layers.gate_up_width)[1],
+            step.address,
+            step.num_pieces,
+        )
 
     def _result(self, operation: str, rows: int, width: int) -> tuple[torch.Tensor, int]:
         """Memory for a result [rows, width] and its address: the same again for the same shape."""

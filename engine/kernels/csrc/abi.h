@@ -31,6 +31,15 @@ struct Linear {
   float norm_eps;
 };
 
+// A decoder layer's linear layers, and the norm of its query and key heads [num_heads + num_kv_heads][head_dim], or null.
+struct Layer {
+  const Linear* qkv;
+  const Linear* attention_output;
+  const Linear* gate_up;
+  const Linear* down;
+  const float* qk_norm;
+};
+
 // The KV cache of a model and the heads that use it; memory as in segue/kv_layout.py.
 struct Cache {
   uint8_t* memory;

@@ -61,4 +61,19 @@ void segue_attend(Context* context, const segue::Cache* cache, int64_t layer, co
   context->operations.attend(context->pool, *cache, layer, heads, outputs, pieces, num_pieces);
 }
 
+// All layers, one after the other, on hidden [num_rows][hidden size]. heads, attended and gate_up are what qkv, attention and gate_up give.
+void segue_run_layers(Context* context, const segue::Cache* cache, const segue::Layer* layers, int64_t num_layers, float* hidden, int64_t num_rows,
+                      float* heads, float* attended, float* gate_up, const segue::Piece* pieces, int64_t num_pieces) {
+  auto& [operations, pool] = *context;
+  for (int64_t i = 0; i < num_layers; ++i) {
+    const segue::Layer& layer = layers[i];
+    operations.linear(pool, *layer.qkv, hidden, num_rows, heads, false);
+    operations.rotate_and_write(pool, *cache, i, heads, layer.qk_norm, pieces, num_pieces);
+    operations.attend(pool, *cache, i, heads, attended, pieces, num_pieces);
+    operations.linear(pool, *layer.attention_output, attended, num_rows, hidden, true);
+    operations.linear(pool, *layer.gate_up, hidden, num_rows, gate_up, false);
+    operations.linear(pool, *layer.down, gate_up, num_rows, hidden, true);
+  }
+}
+
 }

@@ -129,6 +129,18 @@ def test_prefill_and_decode_of_the_same_tokens(lab, num_neighbours):
         assert torch.equal(expected, found)
 
 
+def test_layers_one_by_one_and_at_once(lab):
+    """Whoever is told of each layer has them computed one by one."""
+    results, told = [], []
+    for on_layer in (None, told.append):
+        sequence = lab.sequence([3 * index % 96 for index in range(45)], list(range(NUM_BLOCKS)))
+        with torch.inference_mode():
+            step = prepare_step([Chunk(sequence, 45)], lab.layout)
+            results.append(lab.result(sequence, lab.decoder.forward(step, on_layer).clone()))
+    assert told == list(range(lab.layout.num_layers))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_threads_change_nothing(checkpoint):
     prompt = [5 * index % 96 for index in range(40)]
     results = []
