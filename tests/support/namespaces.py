@@ -1,13 +1,9 @@
-"""Whether this machine lets a test have hosts, networks and root file systems of its own.
-
-`python -m tests.support.namespaces` prints why not, and ends with 1 then.
-"""
+"""Whether this machine lets a test have hosts, networks and root file systems of its own."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from functools import cache
 
@@ -35,8 +31,3 @@ def what_is_missing() -> str:
     if done.returncode:
         return f"this machine gives no namespaces, networks or overlays to a test: {done.stderr.strip()}"
     return ""
-
-
-if __name__ == "__main__":
-    print(what_is_missing())  # noqa: T201
-    sys.exit(bool(what_is_missing()))
